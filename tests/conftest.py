@@ -1,0 +1,42 @@
+"What every test shares: a home outside the repository, two threads, and the reasons why a test cannot run here."
+import os, shutil, tempfile
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_home = None
+
+def pytest_configure(config):
+    "Set the environment before anything imports torch: nothing is written into the repository, and two threads are enough"
+    global _home
+    _home = tempfile.mkdtemp(prefix='medsam_nb-tests-')
+    os.environ.update(MEDSAM_NB_HOME=_home, MPLBACKEND='agg')
+    for o in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'): os.environ.setdefault(o, '2')
+
+def pytest_unconfigure(config):
+    if _home: shutil.rmtree(_home, ignore_errors=True)
+
+def pytest_collection_modifyitems(items):
+    marked = [o for o in items if o.get_closest_marker('cuda')]
+    if not marked: return
+    import torch
+    if torch.cuda.is_available(): return
+    for o in marked: o.add_marker(pytest.mark.skip(reason='no CUDA device on this machine'))
+
+@pytest.fixture(scope='session')
+def root()->Path:
+    "The repository's top folder"
+    return ROOT
+
+@pytest.fixture(scope='session')
+def real_data()->Path:
+    "The folder of real scans: MEDSAM_NB_REAL_DATA, else shared/data beside the repository"
+    path = Path(os.environ.get('MEDSAM_NB_REAL_DATA', ROOT.parent/'shared'/'data'))
+    if not path.is_dir(): pytest.skip('no real scans: neither MEDSAM_NB_REAL_DATA nor ../shared/data is a folder')
+    return path
+
+@pytest.fixture
+def home(tmp_path, monkeypatch)->Path:
+    "A home of the test's own, where data/ and work_dir/ of this one test go"
+    monkeypatch.setenv('MEDSAM_NB_HOME', str(tmp_path))
+    return tmp_path

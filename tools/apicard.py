@@ -1,0 +1,50 @@
+"How an API card of the documentation looks: signature, docstring, then a table of the parameters. tools/docs.py names it to nbdev as `renderer`."
+import inspect, re
+from fastcore.docments import DocmentTbl
+from nbdev.showdoc import BasicMarkdownRenderer
+from nbdev.doclinks import NbdevLookup
+
+def short(anno)->str:
+    "A type as one says it: without quotes and without the modules it comes from"
+    return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(\w+)', r'\1', inspect.formatannotation(anno).strip("'"))
+
+def param(p)->str:
+    "One parameter of a signature"
+    star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
+    anno = '' if p.annotation is p.empty else f':{short(p.annotation)}'
+    default = '' if p.default is p.empty else f"={getattr(p.default, '__name__', None) or repr(p.default)}"
+    return f'{star}{p.name}{anno}{default}'
+
+def signature(sym, name:str, sig, width:int=72)->str:
+    "`sym` as one would write it, on one line or with a line for each parameter"
+    if sig is None: return name
+    own = [param(p) for k, p in sig.parameters.items() if k != 'self']
+    isclass = inspect.isclass(sym)
+    to = '' if isclass or sig.return_annotation is sig.empty else f' -> {short(sig.return_annotation)}'
+    head = f"{'class ' if isclass else ''}{name}"
+    line = f"{head}({', '.join(own)}){to}"
+    return line if len(line) <= width else f'{head}(\n    ' + ',\n    '.join(own) + f'\n){to}'
+
+class Card(BasicMarkdownRenderer):
+    "nbdev's card with a table in place of the comments in the signature"
+    def _repr_markdown_(self):
+        parts, src = ['---'], NbdevLookup().code(self.fn)
+        if src: parts.append(f'[source]({src}){{target="_blank" style="float:right; font-size:smaller"}}')
+        parts.append(f"{'#'*self.title_level} {self.nm}")
+        parts.append(f'```python\n{signature(self.sym, self.nm, self.sig)}\n```')
+        if self.docs: parts.append(re.sub(r'^(\s*)(.+)', r'\1*\2*', self.docs, count=1))
+        table = self.table()
+        if table: parts.append(table)
+        return '\n\n'.join(parts)
+
+    def table(self)->str:
+        "Name, type, default and what the comment beside it says; empty when no parameter has a comment"
+        try: t = DocmentTbl(self.sym)
+        except (TypeError, ValueError, KeyError): return ''
+        if not t.has_docment: return ''
+        def cell(o): return '' if o is inspect.Parameter.empty else re.sub(r'(?<!\\)\|', r'\|', str(getattr(o, '__name__', o))).replace('\n', ' ')
+        rows = [[cell(o) for o in r] for r in t._row_list]
+        head = ['  '] + list(t._columns.values())
+        out = [f"| {' | '.join(head)} |", '|' + ' --- |'*len(head)] + [f"| {' | '.join([f'`{r[0]}`'] + r[1:])} |" for r in rows]
+        if t.has_return: out.append(f"| **Returns** | {' | '.join(cell(t.dm['return'][c]) for c in t._columns)} |")
+        return '\n'.join(out)

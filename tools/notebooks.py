@@ -1,0 +1,51 @@
+"Run notebooks from a fresh kernel, each in its own folder, and store their outputs, cleaned. Cells marked eval: false, slow or cuda keep theirs."
+import argparse, os, re, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+KEEP = re.compile(r'^#\|\s*(eval:\s*false|notest\b|slow\b|cuda\b)', re.M | re.I)
+
+def run(path:Path, force:str='', timeout:int=1800)->float:
+    "Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns seconds."
+    import nbformat
+    from nbclient import NotebookClient
+    start, nb, own = time.time(), nbformat.read(path, 4), {}
+    for c in nb.cells:
+        if c.cell_type != 'code': continue
+        m = KEEP.search(c.source)
+        if m and m[1].lower() not in force.split():
+            own[c.id] = c.metadata.get('tags')
+            c.metadata['tags'] = ['skip-execution']
+        else: c.outputs = []
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    for c in nb.cells:
+        c.metadata.pop('execution', None)
+        if c.id in own:
+            c.metadata.pop('tags')
+            if own[c.id] is not None: c.metadata['tags'] = own[c.id]
+    nbformat.write(nb, path)
+    return time.time() - start
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('paths', nargs='*', type=Path, help='notebooks; all of nbs/ by default')
+    p.add_argument('--flags', default='', help="marked cells to run as well: 'slow', 'cuda' or both")
+    a = p.parse_args()
+    paths = [o.resolve() for o in a.paths] or sorted(o for o in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
+    if not paths: sys.exit('No notebook to run: looked for *.ipynb in nbs/')
+    os.environ.update(IN_TEST='1', PYTHONWARNINGS='ignore', TQDM_DISABLE='1')
+    failed = []
+    for o in paths:
+        name = o.relative_to(ROOT)
+        try: print(f'{name}: {run(o, a.flags):.0f} s', flush=True)
+        except Exception as e:  # the others still run; nothing of a failing notebook is written
+            failed.append(name)
+            print(f'{name}: failed\n{e}', file=sys.stderr, flush=True)
+    os.environ.pop('IN_TEST')
+    os.chdir(ROOT)
+    from nbdev.clean import nbdev_clean
+    for o in paths: nbdev_clean.__wrapped__(fname=str(o))
+    if failed: sys.exit(f"{len(failed)} of {len(paths)} notebooks failed: {' '.join(map(str, failed))}")
+    print(f'{len(paths)} notebooks run and stored')
+
+if __name__ == '__main__': main()

@@ -19,7 +19,8 @@ SEED   ?= 2023
 SIZE   ?= 40,512,512
 LABEL  ?= 9
 MODEL  ?= lite
-EPOCHS ?= 10
+EPOCHS ?= 8
+LR     ?= 5e-5
 RUN    ?= demo
 FLARE  := data/FLARE22Train
 DATA   ?= $(if $(wildcard $(FLARE)/images),$(FLARE),data/phantom)
@@ -57,7 +58,7 @@ endif
 	@echo; echo "== 3/5 embed with $(MODEL): data/embeddings/$(MODEL)"
 	$(BIN)/medsam_embed $(NPZ) --model $(MODEL)
 	@echo; echo "== 4/5 fine-tune the mask decoder: work_dir/$(RUN)"
-	$(BIN)/medsam_finetune $(NPZ) --model $(MODEL) --epochs $(EPOCHS) --seed $(SEED) --run $(RUN)
+	$(BIN)/medsam_finetune $(NPZ) --model $(MODEL) --epochs $(EPOCHS) --lr $(LR) --batch_size 2 --seed $(SEED) --run $(RUN)
 	@echo; echo "== 5/5 evaluate, pretrained against fine-tuned: work_dir/$(RUN)"
 	$(BIN)/medsam_evaluate $(NPZ) --run $(RUN) --seed $(SEED)
 

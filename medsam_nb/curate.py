@@ -261,7 +261,7 @@ def source_hash(
     "One sha256 for a pair: it changes when the image or the label does"
     return hashlib.sha256((_hash_source(image)+_hash_source(label)).encode()).hexdigest()
 
-# %% ../nbs/04_curate.ipynb #4af12937
+# %% ../nbs/04_curate.ipynb #fd1bf8ce
 def _curate_slices(img, codes, recipe:Recipe)->tuple:
     "Slices that stay as lists (z, image, gt), and the drops"
     lims, keep, drops = intensity_limits(img, recipe), [], []
@@ -292,7 +292,7 @@ def curate_case(
     imgs = np.stack([im if im.ndim==3 else np.repeat(im[...,None], 3, -1) for im in ims])
     return dict(imgs=imgs, gts=np.stack(gts), z=np.array(z, np.int32), spacing=np.array(volume.spacing, np.float64),
         source_shape=np.array(codes.shape, np.int32), label_ids=np.array(recipe.label_ids, np.int32), recipe=np.array(recipe.to_json()),
-        source_sha256=np.array(sha256 or source_hash(volume.path or img, label.path if getattr(label, 'path', None) else lab)),
+        source_sha256=np.array(sha256 or source_hash(volume.path or volume.array, label.path if getattr(label, 'path', None) else lab)),
         labels=np.ascontiguousarray(codes), case=np.array(case), reasons=np.array(json.dumps(count_drops(drops)))), drops
 
 def count_drops(drops:list)->dict:
@@ -464,7 +464,7 @@ def _curate_file(case, recipe:Recipe, staged:Path, done, overwrite:bool, strict:
     with atomic_path(staged) as tmp: np.savez_compressed(tmp, **arrays)
     return row
 
-# %% ../nbs/04_curate.ipynb #71b93552
+# %% ../nbs/04_curate.ipynb #eae297f1
 def _done_files(folder:Path)->dict:
     "case name -> finished npz in train/ or test/"
     files = [f for p in ('train','test') for f in (folder/p).glob('*.npz') if not f.name.startswith('.')]
@@ -488,6 +488,14 @@ def _check_patients(old, patients:dict):
     for case,was in zip(old.case, old.patient):
         if case in patients and patients[case]!=was:
             raise InputError(f'case {case!r} belongs to patient {was!r} in split.csv and to {patients[case]!r} now: use the patient pattern of the first run, or another out')
+
+def _check_places(old, done:dict, folder:Path):
+    "Raise `InputError` if a finished file lies where split.csv does not say"
+    part = dict(zip(old.case, old.part))
+    for case,f in done.items():
+        if part.get(case)==f.parent.name: continue
+        said = f'puts it in {part[case]!r}' if part.get(case) else 'does not know it'
+        raise InputError(f'{f} lies in {f.parent.name}/ and {folder.name}/split.csv {said}: nobody can tell any more who was tested on whom. Restore split.csv, or move the folder away and curate again')
 
 def _all_label_ids(cases:list, workers:int)->tuple:
     "Every non-zero id in any readable label"
@@ -564,7 +572,7 @@ def _check_result(rows:list, recipe:Recipe):
     lines = [f'{r["case"]}: ' + ', '.join(f'{k} {v}' for k,v in r['reasons'].items()) for r in rows]
     raise InputError(f'no slice was kept. Wanted label ids {list(recipe.label_ids)} with at least {recipe.min_pixels} px on the {recipe.size} grid; the labels hold ids {ids}.\n' + '\n'.join(lines[:20]))
 
-# %% ../nbs/04_curate.ipynb #a17b714c
+# %% ../nbs/04_curate.ipynb #deff7996
 def curate(
     images, # folder of images: NIfTI, NRRD, MHA, PNG, TIFF and others that `read_volume` knows
     labels, # folder of labels, named like the images
@@ -590,6 +598,7 @@ def curate(
     old = read_split(folder) if (folder/'split.csv').exists() else pd.DataFrame(columns=_COLUMNS)
     _check_patients(old, patients)
     done = _done_files(folder)
+    _check_places(old, done, folder)
     _check_recipes(done, recipe, set(patients), overwrite)
     jobs = [delayed(_curate_file)(c, recipe, folder/'.staging'/f'{recipe.name}_{c.case}.npz', done.get(c.case), overwrite, strict) for c in cases]
     rows = list(tqdm(Parallel(workers, return_as='generator')(jobs), total=len(jobs), desc='curate', disable=not progress))

@@ -111,7 +111,7 @@ class CaseEmbeddings:
             q, rng = quantize(emb)
             self.ranges[i] = rng; self.array[i] = q
 
-# %% ../nbs/07_embed.ipynb #bee70d1b
+# %% ../nbs/07_embed.ipynb #da5e1fcf
 class EmbeddingStore:
     "A zarr group of embeddings, one array per case, with provenance."
     def __init__(self,
@@ -140,14 +140,14 @@ class EmbeddingStore:
 
     def __getitem__(self, case):
         if case not in self.group: raise InputError(f"The store {Path(self.path).name} has no case {case!r}. It has: {_short(', '.join(self.cases)) or 'none'}. Embed this case first.")
-        return CaseEmbeddings(self.group[case], self.group[f'ranges/{case}'] if self.attrs['dtype'] == 'uint8' else None)
+        return CaseEmbeddings(self.group[case], self.group[f'_ranges/{case}'] if self.attrs['dtype'] == 'uint8' else None)
 
     def add(self, name, provenance):
         "The arrays of a case, made if need be; an existing one must have the same provenance."
         n, uint8 = len(provenance['z']), self.attrs['dtype'] == 'uint8'
         if name in self.group: check_provenance(dict(self.group[name].attrs), provenance, f'{name} in the store {Path(self.path).name}')
         else:
-            if uint8 and f'ranges/{name}' not in self.group: self.group.create_array(f'ranges/{name}', shape=(n,256,2), chunks=(1,256,2), dtype='float32')
+            if uint8 and f'_ranges/{name}' not in self.group: self.group.create_array(f'_ranges/{name}', shape=(n,256,2), chunks=(1,256,2), dtype='float32')
             self.group.create_array(name, shape=(n,256,64,64), chunks=(1,256,64,64), dtype=self.attrs['dtype'], compressors=None, attributes=provenance)
         return self[name]
 
@@ -160,13 +160,19 @@ class EmbeddingStore:
         if (miss := emb.missing()): raise InputError(f"{case.case} in the store {Path(self.path).name} lacks {len(miss)} of {len(emb)} slices. Run the same embed command again: it goes on where it stopped.")
         return emb
 
-# %% ../nbs/07_embed.ipynb #53ede796
+# %% ../nbs/07_embed.ipynb #b2532f21
 def _local_free(path):
     "Free bytes on the disk that will hold `path`, or None for a URL."
     if '://' in str(path): return None
     p = Path(path).absolute()
     while not p.exists(): p = p.parent
     return shutil.disk_usage(p).free
+
+def _n_missing(path, cases):
+    "How many slices of `cases` are not in the store at `path`."
+    if '://' in str(path) or not (Path(path)/'zarr.json').exists(): return sum(map(len, cases))
+    store = EmbeddingStore(path)
+    return sum(len(store[c.case].missing()) if c.case in store else len(c) for c in cases)
 
 def _check_disk(path, n, dtype):
     need, free = int(n*(1.05 if dtype == 'uint8' else 2.1)*1e6), _local_free(path)
@@ -195,7 +201,7 @@ def _embed_case(sam, case, store, batch_size, precision, bar):
         for j in sorted(todo): emb.write(j, out[j-i])
         bar.update(len(todo))
 
-# %% ../nbs/07_embed.ipynb #da494e5b
+# %% ../nbs/07_embed.ipynb #3abda284
 def default_store(
     npz:str|Path, # a curated folder, e.g. data/npz/CT_Abd
     model:str     # a key of `MODELS`
@@ -219,7 +225,7 @@ def embed(
     dev = state.device if state.num_processes > 1 else pick_device(device)
     sam = load_model(model, checkpoint, dev) if isinstance(model, str) else model.to(dev)
     files, store = find_npz(npz), store or default_store(npz, sam.name)
-    _check_disk(store, sum(len(read_npz(f)) for f in files), dtype)
+    _check_disk(store, _n_missing(store, map(read_npz, files)), dtype)
     with state.main_process_first():
         store = EmbeddingStore.create(store, model=sam.name, encoder_sha256=sam.encoder_sha256, dtype=dtype)
     batch_size, precision = batch_size or (1 if dev.type == 'cpu' else 8), precision or ('bf16' if dev.type == 'cuda' else 'fp32')

@@ -6,7 +6,7 @@
 __all__ = ['SLACKS', 'draw_boxes', 'score', 'evaluate_case', 'bootstrap_mean', 'paired_test', 'per_patient', 'summarize',
            'show_curve', 'Evaluation', 'evaluate', 'medsam_evaluate']
 
-# %% ../nbs/11_evaluate.ipynb #1eb59aaa
+# %% ../nbs/11_evaluate.ipynb #e0ca84a1
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from scipy.stats import wilcoxon
 from tqdm.auto import tqdm
 
 from .core import InputError, atomic_path, command, pick_device, work_dir
-from .curate import CuratedCase, find_npz, read_npz
+from .curate import CuratedCase, _parse_ids, find_npz, read_npz
 from .embed import EmbeddingStore, case_grid, default_store
 from .finetune import patients_of
 from .metrics import dsc, nsd
@@ -26,7 +26,7 @@ from .prompt import Grid, mask_to_box, slack_box
 from .sam import decode, load_model
 from .show import show_panels
 
-# %% ../nbs/11_evaluate.ipynb #d41e1790
+# %% ../nbs/11_evaluate.ipynb #71a9e3f2
 SLACKS = (-5, 0, 5, 10, 15, 20)
 
 def draw_boxes(
@@ -36,13 +36,14 @@ def draw_boxes(
     seed:int=2023      # with the case's name it determines the boxes
 )->pd.DataFrame: # case, i (slice in the npz), z (slice in the source), label, slack, x0, y0, x1, y1 on the grid
     "Oracle boxes of one case: tight, and moved by random amounts up to each slack."
-    rng, rows = np.random.default_rng([seed, *case.case.encode()]), []
+    rng, rows, slacks = np.random.default_rng([seed, *case.case.encode()]), [], [float(s) for s in slacks]
     for i, gt in enumerate(case.gts):
         for v in np.unique(gt[gt > 0]):
             label, box = case.label_ids[v-1], mask_to_box(gt == v)
             drawn = [(case.case, i, int(case.z[i]), label, s, *slack_box(box, gt.shape, s, rng)) for s in slacks]
             if labels is None or label in labels: rows += drawn
-    return pd.DataFrame(rows, columns=['case', 'i', 'z', 'label', 'slack', 'x0', 'y0', 'x1', 'y1'])
+    whole, real = ['i', 'z', 'label'], ['slack', 'x0', 'y0', 'x1', 'y1']
+    return pd.DataFrame(rows, columns=['case', *whole, *real]).astype({k: int for k in whole}|{k: float for k in real})
 
 # %% ../nbs/11_evaluate.ipynb #98295e39
 def _logits(sam, emb, boxes, size):
@@ -81,7 +82,7 @@ def score(
     pred, gt = _squeeze(pred, gt)
     return dsc(pred, gt), nsd(pred, gt, spacing[-pred.ndim:], tolerance)
 
-# %% ../nbs/11_evaluate.ipynb #1660167d
+# %% ../nbs/11_evaluate.ipynb #2a0f677e
 def evaluate_case(
     sam,                # model with the decoder to be scored
     case:CuratedCase,   # as read by `read_npz`
@@ -102,6 +103,11 @@ def evaluate_case(
             row['missed'] = int(truth.any((1,2)).sum())-len(b)
         rows.append(row)
     return rows
+
+def _unscored(case, boxes, labels):
+    "How many organs of a case curation dropped on every slice: no embedding, no box, no score."
+    if case.labels is None: return 0
+    return sum(case.label_ids[v-1] not in set(boxes.label) and (labels is None or case.label_ids[v-1] in labels) for v in np.unique(case.labels) if v)
 
 # %% ../nbs/11_evaluate.ipynb #656a81e2
 def bootstrap_mean(
@@ -165,7 +171,7 @@ def show_curve(
     ax.set(xlabel='box slack (pixels of the 256 grid; below 0 inward)', ylabel=metric, title=title); ax.legend()
     return ax
 
-# %% ../nbs/11_evaluate.ipynb #c70b819b
+# %% ../nbs/11_evaluate.ipynb #160f268b
 @dataclass
 class Evaluation:
     "The scores of a run, and how to look at them."
@@ -192,19 +198,20 @@ class Evaluation:
         fig.suptitle(f'{self.what} {box.case}, slice {int(box.z)}, label {int(box.label)}, slack {box.slack:g} px', fontsize=9)
         return fig
     def worst(self, n=3, slack=20):
-        "The slices with the lowest DSC of the last decoder, as rows of `boxes` with that DSC."
-        b = self.boxes[self.boxes.slack == slack].copy()
-        low = self.scores[(self.scores.slack == slack)&(self.scores.decoder == list(self.models)[-1])].nsmallest(max(n, 3), 'DSC_256')
-        b = b[pd.MultiIndex.from_frame(b[['case','label']]).isin(list(zip(low.case, low.label)))]
-        b['DSC'] = [dsc(*(lambda im, gt, m: (list(m.values())[-1], gt))(*self.masks(r))) for _, r in b.iterrows()]
-        return b.nsmallest(n, 'DSC')
+        "Rows of `boxes`: the `n` slices with the lowest DSC of the last decoder, out of its `n` lowest cases."
+        last = list(self.models)[-1]
+        low = self.scores[(self.scores.slack == slack)&(self.scores.decoder == last)].nsmallest(n, 'DSC_256')
+        b = self.boxes[self.boxes.slack == slack].merge(low[['case', 'label']])
+        def score(box): _, gt, masks = self.masks(box); return dsc(masks[last], gt)
+        return b.assign(DSC=[score(r) for _, r in b.iterrows()]).nsmallest(n, 'DSC')
 
-# %% ../nbs/11_evaluate.ipynb #3b984b82
+# %% ../nbs/11_evaluate.ipynb #432ee9b9
 def _stored_boxes(path, cases, slacks, labels, seed):
     "boxes.csv: read if it is there, else drawn and written; a box once drawn stays."
     new = pd.concat([draw_boxes(c, slacks, labels, seed) for c in cases], ignore_index=True)
+    if not len(new): raise InputError(f"The cases hold none of the labels {labels}; they were curated with {list(cases[0].label_ids)}.")
     if path.exists():
-        old = pd.read_csv(path, dtype={'case': str})
+        old = pd.read_csv(path, dtype={'case': str}, keep_default_na=False)
         key = ['case', 'i', 'z', 'label', 'slack']
         if old[key].astype(str).equals(new[key].astype(str)): return old.astype({k: new[k].dtype for k in key[1:]})
         raise InputError(f"{path} was drawn for other cases, labels or slacks than these. Delete it to draw new boxes, or evaluate into another run.")
@@ -223,7 +230,7 @@ def _figures(ev):
     save(ev.show_box(typical.iloc[len(typical)//2]), 'figure.png')
     for k, (_, b) in enumerate(ev.worst(3, slack).iterrows()): save(ev.show_box(b), f'worst_{k+1}.png')
 
-# %% ../nbs/11_evaluate.ipynb #74d48bb9
+# %% ../nbs/11_evaluate.ipynb #24260011
 def evaluate(
     npz:str|Path,            # curated folder with test/
     store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
@@ -245,12 +252,13 @@ def evaluate(
     cases, who = [read_npz(f) for f in find_npz(npz, part)], patients_of(npz)
     if part == 'test': _no_leak(cases, cfg, who)
     boxes = _stored_boxes(run/f'boxes{"" if part == "test" else "_"+part}.csv', cases, slacks, labels, seed)
-    if not len(boxes): raise InputError(f"The {part} cases of {npz} hold none of the labels {labels}.")
-    rows = []
+    rows, unscored = [], 0
     for c in tqdm(cases, desc=f'evaluate on {dev.type} -> {run.name}', unit='case'):
         b, e = boxes[boxes.case == c.case], emb.open_case(c)
         for name, m in models.items(): rows += [dict(patient=who.get(c.case, c.case), decoder=name, **r) for r in (evaluate_case(m, c, e, b, tolerance) if len(b) else [])]
+        unscored += _unscored(c, b, labels)
         for k in ('imgs', 'gts', 'labels'): c.__dict__.pop(k, None)   # read again when needed: memory stays small
+    if unscored: print(f'{unscored} organs of these cases are not scored: curation dropped them on every slice (reasons in split.csv)')
     scores = pd.DataFrame(rows)
     what = 'phantom' if all(c.case.startswith('Phantom') for c in cases) else 'held-out' if part == 'test' else part
     ev = Evaluation(scores, boxes, models, emb, {c.case: c.path for c in cases}, run, what)
@@ -258,14 +266,13 @@ def evaluate(
     _figures(ev)
     return ev
 
-# %% ../nbs/11_evaluate.ipynb #c4169569
+# %% ../nbs/11_evaluate.ipynb #f539c706
 def _no_leak(cases, cfg, who):
     "Raise if a test patient was trained or validated on in this run."
-    def stem(name): return next((c for c in who if name.endswith(c)), name)
-    seen = {who.get(stem(n), n) for n in cfg['train']+cfg['validate']}
-    if (both := sorted({who.get(c.case, c.case) for c in cases}&seen)): raise InputError(f"The run was trained on patients of the test part: {', '.join(both[:5])}. Scores would be worthless; curate and fine-tune again with one split.")
+    patients, names = {who.get(c.case, c.case) for c in cases}, {c.case for c in cases}
+    if (both := sorted(patients&set(cfg['patients']) | names&set(cfg['train']+cfg['validate']))): raise InputError(f"The run was trained on patients of the test part: {', '.join(both[:5])}. Scores would be worthless; curate and fine-tune again with one split.")
 
-# %% ../nbs/11_evaluate.ipynb #57f748ae
+# %% ../nbs/11_evaluate.ipynb #d302f9f2
 @command
 def medsam_evaluate(
     npz:str,               # curated folder with test/
@@ -279,8 +286,10 @@ def medsam_evaluate(
     device:str=None        # cpu, cuda or mps; default the best there is
 ):
     "Score the pretrained and the fine-tuned decoder on held-out cases with the same oracle boxes."
-    ids = None if labels is None else tuple(int(i) for i in labels.split(','))
-    ev = evaluate(npz, store, run, part, tuple(float(s) for s in slacks.split(',')), ids, tolerance, seed, device)
+    ids = None if labels in (None, 'all') else _parse_ids(labels)
+    try: widths = tuple(float(s) for s in slacks.split(','))
+    except ValueError: raise InputError(f"slacks {slacks!r} cannot be read: give numbers separated by commas, e.g. --slacks=0,20.") from None
+    ev = evaluate(npz, store, run, part, widths, ids, tolerance, seed, device)
     with pd.option_context('display.width', 200, 'display.max_columns', 20):
         print(ev.scores[ev.scores.slack.isin((0,20))].round(3).to_string(index=False))
         print(f'\n{ev.what} results, oracle boxes; mean over patients (95 % bootstrap interval), Wilcoxon p\n{ev.table().to_string(index=False)}')

@@ -6,8 +6,8 @@
 __all__ = ['list_samples', 'PromptDataset', 'DiceBCE', 'PromptedDecoder', 'patients_of', 'split_validation', 'Config',
            'EpochSampler', 'train_epoch', 'validate', 'Run', 'show_log', 'live_curve', 'finetune', 'medsam_finetune']
 
-# %% ../nbs/10_finetune.ipynb #802b8248
-import json, shutil
+# %% ../nbs/10_finetune.ipynb #f08f04f9
+import hashlib, json, shutil
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from . import __version__
 from .core import InputError, atomic_path, command, pick_device, seed_everything, work_dir
-from .curate import find_npz, read_npz, read_split
-from .embed import EmbeddingStore, default_store
+from .curate import _parse_ids, find_npz, read_npz, read_split
+from .embed import EmbeddingStore, case_provenance, default_store
 from .prompt import Grid, instances, mask_to_box, perturb_box
 from .sam import decode, encoder_sha256, freeze, load_model
 
@@ -50,9 +50,11 @@ def list_samples(
                 rows += [(f, i, v, label, p) for p in pieces]
     return pd.DataFrame(rows, columns=['file', 'i', 'value', 'label', 'piece']).astype('int32')
 
-# %% ../nbs/10_finetune.ipynb #3d2f58d2
+# %% ../nbs/10_finetune.ipynb #4113ca2d
 @lru_cache(maxsize=8)
-def _gts(path): return read_npz(path).gts    # a few cases at a time, however many there are
+def _gts_at(path, changed): return read_npz(path).gts    # a few cases at a time, however many there are
+
+def _gts(path): return _gts_at(path, Path(path).stat().st_mtime_ns)    # a case curated again is read again
 
 class PromptDataset(Dataset):
     "Embedding, box and mask of each sample, read when asked for."
@@ -67,9 +69,11 @@ class PromptDataset(Dataset):
         seed:int=2023          # of the boxes
     ):
         self.files, self.model_size, self.instances_ = [Path(f) for f in files], model_size, instances_
-        self.box_px, self.shrink, self.seed, self.epoch = box_px, shrink, seed, 0
-        self.samples, self.emb = list_samples(files, labels, instances_), []
-        for f in self.files: self.emb.append(store.open_case(read_npz(f)))
+        self.box_px, self.shrink, self.seed, self.epoch, self.emb = box_px, shrink, seed, 0, []
+        for case in map(read_npz, self.files):
+            if case.recipe and case.recipe.size != 256: raise InputError(f"{case.path} was curated with size={case.recipe.size}, and the decoder draws on a 256 grid: curate with size=256 to fine-tune.")
+            self.emb.append(store.open_case(case))
+        self.samples = list_samples(files, labels, instances_)
     def __len__(self): return len(self.samples)
 
 # %% ../nbs/10_finetune.ipynb #f4c9d085
@@ -135,7 +139,7 @@ def split_validation(
     val = set(order[:min(len(names)-1, max(1, round(fraction*len(names))))])
     return [f for f in files if of[f] not in val], [f for f in files if of[f] in val]
 
-# %% ../nbs/10_finetune.ipynb #9fb6077d
+# %% ../nbs/10_finetune.ipynb #be0f0c49
 @dataclass
 class Config:
     "What determines a run."
@@ -157,11 +161,14 @@ class Config:
     def check(self):
         for k in ('epochs', 'lr', 'batch_size'):
             if not getattr(self, k) > 0: raise InputError(f"{k} is {getattr(self, k)}; it has to be greater than 0.")
+        for k in ('epochs', 'batch_size', 'epoch_samples'):
+            if (v := getattr(self, k)) is not None and (v != int(v) or v < 1): raise InputError(f"{k} is {v}; it has to be a whole number of at least 1.")
+        if not 0 <= self.box_px < np.inf: raise InputError(f"box_px is {self.box_px}; it has to be 0 or more pixels.")
         if not 0 < self.val_fraction < 1: raise InputError(f"val_fraction is {self.val_fraction}; it has to lie between 0 and 1.")
         if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise InputError(f"mixed_precision is {self.mixed_precision!r}; it can be no, bf16 or fp16.")
         return self
 
-# %% ../nbs/10_finetune.ipynb #331e1cc9
+# %% ../nbs/10_finetune.ipynb #02a3ffd2
 def _read_config(run): return json.loads((run/'config.json').read_text(encoding='utf-8'))
 
 def _open_run(run, cfg, facts):
@@ -172,10 +179,11 @@ def _open_run(run, cfg, facts):
         diff = [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in new if old.get(k) != new[k] and k not in ('epochs', 'package_version')]
         if old['epochs'] > new['epochs']: diff.append(f"epochs is {old['epochs']} there and {new['epochs']} now")
         if diff: raise InputError(f"The run folder {run} holds another run: {'; '.join(diff)}. Give another run name, or delete that folder.")
-    elif run.exists() and any(run.iterdir()): raise InputError(f"{run} is not empty and holds no config.json, so it is not a run of ours. Give another run name.")
+    elif run.exists() and any(not p.name.startswith('.') for p in run.iterdir()): raise InputError(f"{run} is not empty and holds no config.json, so it is not a run of ours. Give another run name.")
+    for left in run.glob('.*.tmp'): shutil.rmtree(left, ignore_errors=True)   # what a killed run was just writing
     with atomic_path(run/'config.json') as p: p.write_text(json.dumps(new, indent=1, ensure_ascii=False), encoding='utf-8')
 
-# %% ../nbs/10_finetune.ipynb #386eece4
+# %% ../nbs/10_finetune.ipynb #77efd81c
 def _states(run): return sorted(d for d in run.glob('state-*') if d.is_dir())
 
 def _save_state(acc, run, epoch, rows, best):
@@ -191,6 +199,7 @@ def _load_state(acc, run):
     if not (found := _states(run)): return None
     acc.load_state(str(found[-1]))
     p = json.loads((found[-1]/'progress.json').read_text(encoding='utf-8'))
+    if acc.is_main_process: _write_log(run, p['rows'])   # the kill may have come between state and log
     return p['epoch'], p['rows'], p['best']
 
 def _write_log(run, rows):
@@ -280,7 +289,7 @@ def _run(acc, cfg, run, sam, loaders, callback):
             bar.set_postfix(val_dsc=f"{row['val_dsc']:.3f}")
     return pd.DataFrame(rows)
 
-# %% ../nbs/10_finetune.ipynb #ba7e3e8c
+# %% ../nbs/10_finetune.ipynb #e4463743
 @dataclass
 class Run:
     "A finished run: its folder and its log."
@@ -300,8 +309,9 @@ def show_log(
     "Training loss (left axis) and validation DSC (right axis) by epoch."
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5,2.6), dpi=80)[1]
-    log.plot(x='epoch', y='train_loss', ax=ax, marker='.', color='tab:blue', legend=False); ax.set_ylabel('training loss', color='tab:blue')
-    log.plot(x='epoch', y='val_dsc', ax=(ax2 := ax.twinx()), marker='.', color='tab:orange', legend=False); ax2.set_ylabel('validation DSC', color='tab:orange')
+    for a, col, text, colour in ((ax, 'train_loss', 'training loss', 'tab:blue'), (ax.twinx(), 'val_dsc', 'validation DSC', 'tab:orange')):
+        a.plot(log.epoch, log[col].astype(float), marker='.', color=colour); a.set_ylabel(text, color=colour)
+    ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
     return ax
 
 def live_curve():
@@ -316,7 +326,7 @@ def live_curve():
         else: handle.update(fig)
     return update
 
-# %% ../nbs/10_finetune.ipynb #640ff6db
+# %% ../nbs/10_finetune.ipynb #5cca61dc
 def finetune(
     npz:str|Path,            # curated folder with train/ (chapter 04)
     store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
@@ -334,15 +344,20 @@ def finetune(
     acc = _accelerator(device, cfg.mixed_precision)
     seed_everything(cfg.seed)
     sam = load_model(model, cfg.checkpoint, 'cpu')
-    files = find_npz(npz, 'train')
-    train, val = split_validation(files, patients_of(npz), cfg.val_fraction, cfg.seed)
+    train, val = split_validation(find_npz(npz, 'train'), patients_of(npz), cfg.val_fraction, cfg.seed)
     emb = EmbeddingStore(store, wanted=dict(model=model, encoder_sha256=sam.encoder_sha256))
     loaders = _loaders(cfg, train, val, emb, sam.image_encoder.img_size)
-    if acc.is_main_process: _open_run(run, cfg, dict(encoder_sha256=sam.encoder_sha256, package_version=__version__, train=[f.stem for f in train], validate=[f.stem for f in val]))
+    if acc.is_main_process: _open_run(run, cfg, dict(encoder_sha256=sam.encoder_sha256, package_version=__version__, **_who(npz, train, val)))
     acc.wait_for_everyone()
     log = _run(acc, cfg, run, sam, loaders, callback)
     _assert_frozen(sam, load_model(model, cfg.checkpoint, 'cpu'))
     return Run(run, log)
+
+def _who(npz, train, val):
+    "Cases and patients of a run, and a hash of what their slices were made from, for config.json."
+    train, val, of = [read_npz(f) for f in train], [read_npz(f) for f in val], patients_of(npz)
+    data = hashlib.sha256(json.dumps([case_provenance(c) for c in train+val]).encode()).hexdigest()
+    return dict(train=[c.case for c in train], validate=[c.case for c in val], patients=sorted({of.get(c.case, c.case) for c in train+val}), data_sha256=data)
 
 def _assert_frozen(sam, fresh):
     "Not one weight of the two encoders has changed."
@@ -350,7 +365,7 @@ def _assert_frozen(sam, fresh):
         new, old = getattr(sam, part).state_dict(), getattr(fresh, part).state_dict()
         if not all(torch.equal(new[k].cpu(), old[k]) for k in old): raise RuntimeError(f'the frozen {part} has changed during training: please report this')
 
-# %% ../nbs/10_finetune.ipynb #216d91c7
+# %% ../nbs/10_finetune.ipynb #b340c637
 @command
 def medsam_finetune(
     npz:str,                    # curated folder with train/
@@ -372,7 +387,7 @@ def medsam_finetune(
     device:str=None             # cpu, cuda or mps; default the best there is
 ):
     "Fine-tune the mask decoder on stored embeddings; run it again to go on after an interruption."
-    ids = None if labels is None else tuple(int(i) for i in labels.split(','))
+    ids = None if labels in (None, 'all') else _parse_ids(labels)
     done = finetune(npz, store, run, model, device, checkpoint=checkpoint, epochs=epochs, lr=lr, batch_size=batch_size, box_px=box_px, shrink=shrink,
                     instances=instances, labels=ids, val_fraction=val_fraction, epoch_samples=epoch_samples, mixed_precision=mixed_precision, seed=seed)
     print(f'{done}\nbest weights: {done.best}')

@@ -21,17 +21,17 @@ from .volume import Geometry, Volume, read_volume, write_volume
 ORGANS = {1:'liver', 2:'right kidney', 3:'spleen', 4:'pancreas', 5:'aorta', 6:'inferior vena cava', 7:'right adrenal gland',
           8:'left adrenal gland', 9:'gallbladder', 10:'oesophagus', 11:'stomach', 12:'duodenum', 13:'left kidney'}
 
-# %% ../nbs/03_phantom.ipynb #cf888997
+# %% ../nbs/03_phantom.ipynb #7e7c0e3e
 _BEADS = {
  'liver': [[(-66,10,80,64), (-76,14,30,58), (-88,16,-18,33), (-94,16,-50,14)], [(-60,0,66,60), (-14,-32,72,46), (30,-50,72,31), (70,-44,80,15)]],
  'spleen': [[(60,62,84,26), (84,46,66,37), (96,26,38,37), (95,8,10,22)]],
  'right kidney': [[(-50,48,20,20), (-58,42,-8,29), (-63,38,-34,29), (-66,33,-60,20)]],
- 'left kidney': [[(50,48,32,20), (57,42,4,28), (62,38,-22,28), (65,33,-48,19)]],
+ 'left kidney': [[(50,48,32,20), (57,42,4,27.5), (62,38,-22,27.5), (65,33,-48,19)]],
  'pancreas': [[(-10,-3,-40,9), (-24,-14,-22,16), (-20,-24,-4,14), (-2,-31,4,10), (20,-28,12,12), (46,-8,22,13), (74,14,32,12)]],
  'aorta': [[(16,18,140,12), (12,16,60,11), (7,10,20,10.5), (5,6,-40,9.5), (4,4,-120,9)]],
  'inferior vena cava': [[(-18,-8,125,12), (-24,4,80,13), (-24,10,40,12), (-20,10,0,12), (-19,9,-60,11), (-17,9,-120,11)]],
- 'right adrenal gland': [[(-25,22,36,3.3), (-31,31,34,3.2), (-40,42,32,2.5)], [(-30,29,34,3), (-26,38,30,2.5)]],
- 'left adrenal gland': [[(34,12,32,3.2), (38,20,30,3.2), (47,34,28,2.6)], [(37,19,30,3.2), (28,33,26,2.6)]],
+ 'right adrenal gland': [[(-26,23,44,3.6), (-32,31,43,3.6), (-41,42,42,3)], [(-31,29,43,3.4), (-28,38,41,3)]],
+ 'left adrenal gland': [[(34,12,32,3.7), (38,20,30,3.7), (47,33,28,3.2)], [(37,19,30,3.7), (29,32,27,3.2)]],
  'gallbladder': [[(-36,-24,11,5.5), (-44,-36,1,10), (-52,-52,-14,14.5), (-59,-64,-26,13.5)]],
  'oesophagus': [[(2,14,140,8), (8,6,90,8.5), (16,0,66,8.5), (28,-4,50,9)]],
  'stomach': [[(44,22,84,28), (54,4,62,32), (60,-28,38,28), (50,-52,12,24), (24,-62,-4,20), (2,-54,0,15), (-12,-44,6,8)]],
@@ -122,31 +122,32 @@ class _Part:
         m.zc,m.lo,m.hi = m.zc+d[2],m.lo+d,m.hi+d
         return m
 
-# %% ../nbs/03_phantom.ipynb #19e7c4b3
+# %% ../nbs/03_phantom.ipynb #3cea1a29
 _TRAITS = {
  'liver': dict(shift=3, size=.04, rough=3, wave=60, blend=14), 'spleen': dict(shift=2.5, size=.06, rough=2.5, wave=45),
- 'right kidney': dict(shift=3.5, rough=1.2, wave=35), 'left kidney': dict(shift=3.5, rough=1.2, wave=35),
+ 'right kidney': dict(shift=3.5, size=.03, rough=1.2, wave=35), 'left kidney': dict(shift=3.5, size=.03, rough=1.2, wave=35),
  'pancreas': dict(shift=2.5, rough=1.7, wave=20), 'stomach': dict(shift=4, size=.08, rough=3, wave=45), 'duodenum': dict(shift=2.5, rough=1.3, wave=25),
  'gallbladder': dict(shift=6, size=.1, rough=1.2, wave=30), 'transverse colon': dict(shift=5, rough=2, wave=25), 'ascending colon': dict(shift=5, rough=2, wave=25),
- 'right adrenal gland': dict(shift=1, wobble=0, rough=.4, flat=5.5), 'left adrenal gland': dict(shift=1, wobble=0, rough=.4, flat=5.5),
+ 'right adrenal gland': dict(shift=1, size=.03, wobble=0, rough=.2, flat=5.5, blend=2), 'left adrenal gland': dict(shift=1, size=.03, wobble=0, rough=.2, flat=5.5, blend=2),
  'fissure': dict(shift=3, flat=11), 'inferior vena cava': dict(rough=1., wave=50),
 } | {m:dict(rough=1.5, wave=35) for m in _MUSCLES if 'crus' not in m}
 
+_USUAL = dict(shift=1.3, size=.05, rough=.6, wave=30, wobble=1.5, blend=4., flat=1.)
+
 def _draw_part(name, strings, rng):
-    "One person's version of the strings of a part"
-    t = dict(shift=1.3, size=.05, rough=.6, wave=30, wobble=1.5, blend=4., flat=1.) | _TRAITS.get(name, {})
-    shift,size = rng.normal(0, t['shift'], 3).clip(-2*t['shift'], 2*t['shift']),np.exp(t['size']*rng.normal().__float__())
-    size = np.clip(size, np.exp(-1.6*t['size']), np.exp(1.6*t['size']))
-    out = []
+    "One person's version of a part of the tables"
+    t = _USUAL|_TRAITS.get(name, {})
+    vary = lambda sd, *shape: sd*rng.normal(size=shape).clip(-1.7, 1.7)
+    shift,grow,out = vary(t['shift'], 3),np.exp(vary(t['size'])),[]
     for s in strings:
         b = np.array(s, float)
         c = b[:,:3].mean(0)
-        b[:,:3] = (b[:,:3]-c)*(size if 'size' in _TRAITS.get(name, {}) else 1) + c + shift + t['wobble']*rng.normal(size=(len(b),3)).clip(-2, 2)
-        b[:,3] *= size
+        b[:,:3] = (b[:,:3]-c)*grow+c+shift+vary(t['wobble'], len(b), 3)
+        b[:,3] *= grow
         out.append(b)
     return _Part(out, t['rough'], _Waves(rng, t['wave']), t['blend'], t['flat'])
 
-# %% ../nbs/03_phantom.ipynb #c6abb8d6
+# %% ../nbs/03_phantom.ipynb #030ff802
 @dataclass
 class _Person:
     "What is random about one person; lengths in mm, densities in HU"
@@ -159,7 +160,7 @@ class _Person:
     phase:float # height of a vertebra's middle
     rib_drop:float # how far a rib falls from back to side
     bile:float
-    fluid:float # in the stomach
+    fluid:float # in the stomach; the duodenum's is 10 HU denser
     air:float # height (y) of the air-fluid level
     noise:float # standard deviation
     hu:dict # how much this person's tissues differ from the average
@@ -209,13 +210,16 @@ def _draw_tree(rng, root, tips, r):
         out += [[(*m,.55*r), (*(tip+rng.normal(0, 18, 3)),1.)] for _ in range(2)]
     return [_Part([s]) for s in out]
 
-# %% ../nbs/03_phantom.ipynb #3a6d5138
+# %% ../nbs/03_phantom.ipynb #8a5bd233
 def _draw_person(seed):
     "Everything random about person `seed`"
     g = lambda *k: np.random.default_rng([seed, *k])
     rng = g(0)
     parts = {n:_draw_part(n, s, g(1, i)) for i,(n,s) in enumerate((_BEADS|_AROUND).items())}
     parts['gallbladder'] = _settle(parts['gallbladder'], parts['liver'])
+    for side in ('right','left'): # the adrenals ride on the upper poles of their kidneys
+        top = parts[f'{side} kidney'].strings[0][0,:3]-_BEADS[f'{side} kidney'][0][0][:3]
+        parts[f'{side} adrenal gland'] = parts[f'{side} adrenal gland'].moved(.8*top)
     veins = _draw_tree(g(2), np.array([-22,0,88]), [(-100,10,70),(-70,-50,60),(0,-55,66),(40,-52,66),(-95,40,50)], 5.)
     portal = _draw_tree(g(3), np.array([-36,-2,34]), [(-100,15,25),(-95,-10,48),(-70,50,40),(-60,-50,40),(10,-50,50),(-90,20,-15)], 5.5)
     loops = _draw_bowel(g(5))
@@ -250,7 +254,7 @@ class _Fields(dict):
         return out
     def nearest(self, *names): return np.minimum.reduce([self[n] for n in names])
 
-# %% ../nbs/03_phantom.ipynb #7e1f8c44
+# %% ../nbs/03_phantom.ipynb #2bf64ce3
 def _frame(F):
     "Skin, torso, body wall, cavity and diaphragm"
     P,x,y,z = F.person,F.x,F.y,F.z
@@ -265,7 +269,7 @@ def _frame(F):
     F['wall'],F['cavity'] = wall,F['torso']+wall
     q = np.clip(rho, 0, 1.1)**5*(1-.25*front+.25*np.clip(-front, 0, 1))
     F['diaphragm'] = .75*(z-108+5*np.clip(x/40, 0, 1)+10*np.exp(-(x/28)**2)+64*q)
-    F['bed'] = F.raw[1]-P.depth-.75*P.fat-9+.0009*F.raw[0]**2
+    F['bed'] = P.depth+.75*P.fat+10-F.raw[1]-.0009*F.raw[0]**2
     F['angle'],F['r'],F['rho'] = np.arctan2(np.abs(x), y),r,rho
 
 # %% ../nbs/03_phantom.ipynb #3184f741
@@ -365,13 +369,13 @@ def _fields(person, z, y, x):
     for step in (_frame, _spine, _ribs, _place, _fill): step(F)
     return F
 
-# %% ../nbs/03_phantom.ipynb #10b2095d
+# %% ../nbs/03_phantom.ipynb #99de6a68
 _Layer = namedtuple('_Layer', 'field hu label texture', defaults=(None, 0))
 
 def _body_layers(F):
     "Bed, skin, fat, muscle, lung and bone, back to front"
     h,soft,bone = F.person.hu,57+F.person.hu['soft'],F.person.hu['bone']
-    out = [_Layer(F['bed'], -150), _Layer(F['bed']-3, -1000), _Layer(F['skin'], 15), _Layer(F['skin']+2.2, -106, None, 5), _Layer(F['torso'], soft, None, 4)]
+    out = [_Layer(F['bed'], -150), _Layer(F['bed']+3, -1000), _Layer(F['skin'], 15), _Layer(F['skin']+2.2, -106, None, 5), _Layer(F['torso'], soft, None, 4)]
     for c in (.36,.68): # the fat lines between the three muscles of the flank
         depth = F['torso']+c*F['wall']
         out += [_Layer(np.maximum(depth, np.maximum(F.z-25, np.abs(F.y+5)-55)), -70), _Layer(depth+1.1, soft, None, 4)]
@@ -392,19 +396,19 @@ def _bowel_layers(F):
         out += [_Layer(F[n], 80), _Layer(F[n]+2.2, 10, None, 45), _Layer(np.maximum(F[n]+2.8, F.y-level+3*F['mottle']), -900)]
     return out
 
-# %% ../nbs/03_phantom.ipynb #498aed8d
+# %% ../nbs/03_phantom.ipynb #fb33a74d
 def _organ_layers(F):
     "The thirteen labelled organs and the vessels among them"
     P,h = F.person,F.person.hu
-    ids,v = {n:i for i,n in ORGANS.items()},155+F.person.hu['vessel']
+    ids,v = {n:i for i,n in ORGANS.items()},162+F.person.hu['vessel']
     L = lambda n,hu,texture=0: _Layer(F[n], hu, ids[n], texture)
     out = [_Layer(F['renal veins'], v-5, 0), _Layer(F['mesenteric artery'], v, 0), L('oesophagus', 66), _Layer(F['oesophagus']+6, 10),
            L('liver', 112+h['liver'], 4), _Layer(F['liver vessels'], v+3), _Layer(F['portal vein'], v+8, 0), L('pancreas', 94+h['soft'], 9), L('spleen', 119+h['spleen'], 3)]
     for n in ('right kidney','left kidney'):
         out += [_Layer(F[n+' sinus'], -85, 0, 20), L(n, 188+h['kidney'], 4), _Layer(np.maximum(F[n]+6, 3-7*F['mottle']), 150+h['kidney'])]
     inner = F['stomach']+3.2+1.2*F['rugae']
-    out += [L('right adrenal gland', 82), L('left adrenal gland', 82), L('stomach', 86, 4), _Layer(inner, P.fluid, None, 5),
-            _Layer(np.maximum(inner, F.y-P.air), -960), L('duodenum', 84, 4), _Layer(F['duodenum']+3.2, 38, None, 8), L('aorta', v),
+    out += [L('right adrenal gland', 88), L('left adrenal gland', 88), L('stomach', 86, 4), _Layer(inner, P.fluid, None, 5),
+            _Layer(np.maximum(inner, F.y-P.air), -960), L('duodenum', 84, 4), _Layer(F['duodenum']+3.2, P.fluid+10, None, 8), L('aorta', v),
             L('inferior vena cava', v-12, 3), L('gallbladder', 62), _Layer(F['gallbladder']+1.3, P.bile, None, 2)]
     return out
 
@@ -465,16 +469,19 @@ def _paint(image, label, softened, texture, k, rows, cols):
         part += np.clip(.5-f, 0, 1)*(hu-part)
         if layer.label is not None: label[r[0],c[0]][f<0] = layer.label
 
-# %% ../nbs/03_phantom.ipynb #bca4e246
+# %% ../nbs/03_phantom.ipynb #ef20c537
 def _check_size(size, spacing):
     "`size` and `spacing` as tuples; `InputError` says what is wrong with them"
-    size = tuple(np.ravel(size).tolist())
-    if len(size)!=3 or any(int(s)!=s for s in size) or size[0]<1 or min(size[1:])<32:
+    def numbers(v):
+        try: return tuple(np.ravel(v).astype(float).tolist())
+        except (ValueError, TypeError): return ()
+    n = numbers(size)
+    if len(n)!=3 or any(not s.is_integer() for s in n) or n[0]<1 or min(n[1:])<32:
         raise InputError(f'size {size} is not a volume: give (slices, rows, columns), at least (1, 32, 32)')
-    if spacing is not None:
-        spacing = tuple(np.ravel(spacing).astype(float).tolist())
-        if len(spacing)!=3 or not all(0<s<50 for s in spacing): raise InputError(f'spacing {spacing} is not (z, y, x) in mm: give three numbers between 0 and 50')
-    return tuple(map(int, size)),spacing
+    if spacing is None: return tuple(map(int, n)),None
+    mm = numbers(spacing)
+    if len(mm)!=3 or not all(0<s<50 for s in mm): raise InputError(f'spacing {spacing} is not (z, y, x) in mm: give three numbers between 0 and 50')
+    return tuple(map(int, n)),mm
 
 def _scan(person, size, spacing):
     "Spacing (3,) mm and the positions z, y, x (mm, body coordinates) of slices, rows and columns"
@@ -494,7 +501,7 @@ def _noise(rng, shape):
     a -= .6*gaussian_filter(a, 1.6, mode='wrap', truncate=3)
     return a/a.std()
 
-# %% ../nbs/03_phantom.ipynb #1961fc42
+# %% ../nbs/03_phantom.ipynb #eb18c808
 def _render(person, size, spacing=None, upto=None):
     "(image (D,H,W) int16 HU, label (D,H,W) uint8, spacing); `upto` paints only so many layers, for pictures"
     spacing,(z,y,x) = _scan(person, size, spacing)
@@ -502,15 +509,17 @@ def _render(person, size, spacing=None, upto=None):
     half = [(d+person.fat)*person.scale+m for d,m in ((person.depth,18), (137,14))]
     cy,cx = (np.arange(-a, a+step, step) for a in half)
     rows,cols = _Zoom(y, cy[0], step, len(cy)),_Zoom(x, cx[0], step, len(cx))
-    image,label = np.full(size, -1000, np.float32),np.zeros(size, np.uint8)
+    image,label = np.zeros(size, np.int16),np.zeros(size, np.uint8)
+    rng = np.random.default_rng([person.seed, 7])
     for a in range(0, size[0], 16): # a few slices at a time, and one beyond each end for the slope in z
         b = min(a+16, size[0])
         F = _fields(person, np.r_[z[a]-spacing[0], z[a:b], z[b-1]+spacing[0]], cy, cx)
         soft = [s for s in (_soften(l, spacing, step) for l in _layers(F)[:upto]) if s]
-        for k in range(a, b): _paint(image[k], label[k], soft, F['mottle'], k-a+1, rows, cols)
-    rng = np.random.default_rng([person.seed, 7])
-    for s in image: s += person.noise*_noise(rng, s.shape)
-    return np.clip(np.rint(image), -1024, 3000).astype(np.int16),label,spacing
+        for k in range(a, b):
+            s = np.full(size[1:], -1000, np.float32)
+            _paint(s, label[k], soft, F['mottle'], k-a+1, rows, cols)
+            image[k] = np.rint(s+person.noise*_noise(rng, s.shape)).clip(-1024, 3000)
+    return image,label,spacing
 
 # %% ../nbs/03_phantom.ipynb #97277da4
 def _room(person, size, spacing):
@@ -535,25 +544,39 @@ def make_phantom(
     case,source = case or f'Phantom_{seed:04d}',_room(person, size, spacing)
     return tuple(Volume(a, spacing, case, source=source) for a in (image,label))
 
-# %% ../nbs/03_phantom.ipynb #a758fbb2
+# %% ../nbs/03_phantom.ipynb #ff3ef5e6
 def _stamp(path):
     "Size and time of a file, which tell whether it was touched since"
     s = path.stat()
     return [s.st_size, s.st_mtime_ns]
 
-def _write_case(folder, case, seed, size, overwrite):
-    "Write image and label of one phantom; files that hold it already stay; `InputError` for files that hold something else"
-    for v,path in zip(make_phantom(seed, size, case=case), (folder/'images'/f'{case}_0000.nii.gz', folder/'labels'/f'{case}.nii.gz')):
-        if path.exists() and not overwrite:
-            old = read_volume(path, plane='axial')
-            if old.shape==v.shape and (old.array==v.array).all(): continue
-            raise InputError(f'{path} exists and is not phantom {seed} of size {size}: choose another folder, move it away, or ask for overwrite')
-        write_volume(v, path, overwrite=True)
+def _holds(path, v):
+    "Does the file at `path` hold the values of `v`? `InputError` when it holds something else"
+    if not path.exists(): return False
+    old = read_volume(path, plane='axial')
+    if old.shape==v.shape and np.array_equal(old.array, v.array): return True
+    raise InputError(f'{path} exists and holds something else than this phantom: choose another folder, move the file away, or ask for overwrite')
 
-# %% ../nbs/03_phantom.ipynb #63512dcd
+def _write_case(files, seed, size, overwrite):
+    "Write image and label of one phantom to `files`; a file that holds it already stays, one that holds something else is refused"
+    pair = make_phantom(seed, size, case=files[1].name.removesuffix('.nii.gz'))
+    keep = [not overwrite and _holds(f, v) for f,v in zip(files, pair)]
+    for f,v,k in zip(files, pair, keep):
+        if not k: write_volume(v, f, overwrite=True)
+
+# %% ../nbs/03_phantom.ipynb #d2a0a6d1
+def _recall(book):
+    "What `phantom.json` says about the cases of its folder"
+    if not book.exists(): return {}
+    try: known = json.loads(book.read_text())
+    except ValueError: known = None
+    if isinstance(known, dict) and all(isinstance(k, dict) and 'seed' in k for k in known.values()): return known
+    raise InputError(f'{book} is not a record of phantoms: move it away, or choose another folder')
+
+# %% ../nbs/03_phantom.ipynb #8529ddd0
 def write_phantoms(
     out, # folder; images/ and labels/ are made in it
-    n:int=10, # number of cases
+    n:int=10, # number of cases, 1 to 9999
     seed:int=2023, # of the whole folder; every case gets a seed of its own from it
     size:tuple=(40,512,512), # slices, rows, columns
     overwrite:bool=False, # replace files that hold something else?
@@ -561,30 +584,31 @@ def write_phantoms(
 )->Path:
     "Fill `out` with `n` phantoms in FLARE22's layout and return it; cases already there are kept, other files are refused"
     out,(size,_) = Path(out),_check_size(size, None)
-    if n<1 or seed<0: raise InputError(f'n={n}, seed={seed}: ask for at least one case, with a seed from 0 up')
-    book = out/'phantom.json'
-    known = json.loads(book.read_text()) if book.exists() else {}
+    if not 1<=n<=9999 or seed<0: raise InputError(f'n={n}, seed={seed}: ask for 1 to 9999 cases, with a seed from 0 up')
+    if out.exists() and not out.is_dir(): raise InputError(f'{out} is a file: give a folder')
+    book,known = out/'phantom.json',_recall(out/'phantom.json')
     for i in tqdm(range(1, n+1), desc='phantoms', disable=not progress):
         case = f'Phantom_{i:04d}'
         files = [out/'images'/f'{case}_0000.nii.gz', out/'labels'/f'{case}.nii.gz']
         made = lambda: dict(seed=seed, size=list(size), files=[_stamp(f) for f in files])
         if all(f.exists() for f in files) and known.get(case)==made(): continue
-        _write_case(out, case, seed*10_000+i, size, overwrite)
+        _write_case(files, seed*10_000+i, size, overwrite)
         known[case] = made()
-        with atomic_path(book) as tmp: tmp.write_text(json.dumps(known, indent=1))
+        with atomic_path(book) as part: part.write_text(json.dumps(known, indent=1))
     return out
 
-# %% ../nbs/03_phantom.ipynb #4022e580
+# %% ../nbs/03_phantom.ipynb #d905a4b2
 @command
 def medsam_phantom(
     out:str=None, # folder to fill; default: data/phantom
     n:int=10, # number of cases
     seed:int=2023, # seed of the folder
     size:str='40,512,512', # slices,rows,columns
-    overwrite:bool=False, # replace files that hold something else?
+    overwrite:bool=False, # replace files that hold something else
+    progress:bool=True # show a progress bar
 ):
     "Write invented abdomens (CT and labels) in the layout of FLARE22"
-    try: numbers = tuple(int(s) for s in str(size).split(','))
+    try: numbers = tuple(int(s) for s in str(size).strip('()').split(','))
     except ValueError: raise InputError(f'size {size!r} is not three whole numbers: write slices,rows,columns, such as 40,512,512') from None
-    out = write_phantoms(data_dir('phantom') if out is None else out, n, seed, numbers, overwrite)
-    print(f'{n} phantoms in {out}: images/ and labels/, made with seed {seed}')
+    out = write_phantoms(data_dir('phantom') if out is None else out, n, seed, numbers, overwrite, progress)
+    print(f'{n} phantoms of seed {seed} in {out} (images/ and labels/)')

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['BOX_COLUMNS', 'Prediction', 'Predictor', 'everything', 'oracle_boxes', 'predict_volume', 'medsam_predict']
 
-# %% ../nbs/08_predict.ipynb #e9b50c2e
-import warnings
+# %% ../nbs/08_predict.ipynb #399f49d2
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +17,12 @@ from segment_anything import SamAutomaticMaskGenerator
 from tqdm.auto import tqdm
 
 from .core import InputError, command
-from .curate import Recipe, normalize, resize_image
+from .curate import Recipe, _parse_ids, intensity_limits, normalize, rescale, resize_image
 from .embed import encode
 from .prompt import Grid, check_box, mask_to_box
 from .sam import decode, load_model
 from .show import show_slice
-from .volume import Volume, check_pair, read_volume, write_mask
+from .volume import Volume, check_pair, read_volume, split_name, write_mask
 
 # %% ../nbs/08_predict.ipynb #7bba248c
 @dataclass
@@ -41,7 +40,14 @@ class Prediction:
         m = self.masks[i] if self.masks.ndim == 3 else self.masks[i][self.iou[i].argmax()]
         return show_slice(np.zeros(m.shape, np.uint8) if self.image is None else self.image, mask=m, box=None if self.boxes is None else self.boxes[i], ax=ax, **kw)
 
-# %% ../nbs/08_predict.ipynb #6bf25668
+# %% ../nbs/08_predict.ipynb #c6683ece
+def _check_image(im):
+    "The image as an array, or an `InputError`."
+    im = np.asarray(im)
+    if im.ndim not in (2,3) or (im.ndim == 3 and im.shape[2] != 3) or not (im.dtype == np.uint8 or (im.dtype.kind == 'f' and im.min() >= 0 and im.max() <= 255)):
+        raise InputError(f"The image is {im.dtype} of shape {im.shape}; (H,W) or (H,W,3) with values 0 to 255 is needed. Intensities of a scan go through curate.normalize first.")
+    return im
+
 class Predictor:
     "Prompts in the pixels of your image, masks in the pixels of your image."
     def __init__(self,
@@ -54,19 +60,15 @@ class Predictor:
         self.precision, self.embedding, self.image = precision, None, None
 
     def set_image(self,
-        im:np.ndarray, # (H,W) or (H,W,3) uint8, as `normalize` gives it
+        im:np.ndarray, # (H,W) or (H,W,3), 0..255: uint8 as `normalize` gives it, or float32 as `rescale` does
         size:int=256,  # side of the grid
         fit:str='pad'  # how the image lies on it: 'pad' or 'squash'
     ):
         "Encode an image; everything asked afterwards is about this one."
-        im = np.asarray(im)
-        if im.dtype != np.uint8 or im.ndim not in (2,3) or (im.ndim == 3 and im.shape[2] != 3):
-            raise InputError(f"The image is {im.dtype} of shape {im.shape}; (H,W) or (H,W,3) uint8 is needed. Intensities of a scan go through curate.normalize first.")
-        x = resize_image(im, size, fit)
+        im = _check_image(im)
+        x, grid = resize_image(im, size, fit), Grid(im.shape[:2], size, fit)
         if x.ndim == 2: x = np.stack([x]*3, -1)
-        grid = Grid(im.shape[:2], size, fit)
-        self.set_embedding(encode(self.sam, x[None], grid.content, self.precision)[0], grid, im)
-        return self
+        return self.set_embedding(encode(self.sam, x[None], grid.content, self.precision)[0], grid, np.rint(im).astype(np.uint8))
 
     def set_embedding(self,
         embedding,             # (256,64,64) array or tensor, e.g. from the store
@@ -93,7 +95,7 @@ class Predictor:
         pick = (lambda t: t.cpu().numpy()) if multimask else (lambda t: t[:,0].cpu().numpy())
         return Prediction(pick(masks), pick(iou), pick(logits), self.image, None if box is None else np.asarray(box, np.float32).reshape(-1,4))
 
-# %% ../nbs/08_predict.ipynb #b7f445c9
+# %% ../nbs/08_predict.ipynb #256b1e7d
 def _check_points(points, labels, shape):
     "Points (B,P,2) float32 and labels (B,P), or an `InputError`."
     points = np.asarray(points, np.float32)
@@ -101,7 +103,7 @@ def _check_points(points, labels, shape):
     if points.ndim != 3 or points.shape[-1] != 2 or points.shape[1] == 0: raise InputError(f"points have shape {points.shape}; (P,2) or (B,P,2) x y is needed.")
     H, W = shape
     if not ((points >= 0)&(points <= (W,H))).all(): raise InputError(f"A point lies outside the image of {W} x {H} pixels, or is not a number: {points.reshape(-1,2).tolist()[:4]}")
-    labels = np.ones(points.shape[:2], np.int64) if labels is None else np.asarray(labels).reshape(-1, points.shape[1])
+    labels = np.ones(points.shape[:2], np.int64) if labels is None else np.atleast_2d(labels)
     if labels.shape != points.shape[:2] or not np.isin(labels, (0,1)).all(): raise InputError(f"labels have to be one 0 (background) or 1 (foreground) per point; found {labels.tolist()} for {points.shape[1]} points.")
     return points, labels
 
@@ -142,12 +144,20 @@ def oracle_boxes(
     if not rows: raise InputError(f"The labels of {label.case or 'this volume'} hold none of the ids {ids}; they hold {np.unique(label.array).tolist()}.")
     return pd.DataFrame(rows, columns=BOX_COLUMNS)
 
-# %% ../nbs/08_predict.ipynb #16286767
+# %% ../nbs/08_predict.ipynb #f87ecdb0
 def _paint(pred, labels):
     "(H,W) label map from a `Prediction`; the higher predicted IoU wins where masks overlap."
     out = np.zeros(pred.masks.shape[-2:], np.uint16)
     for j in np.argsort(pred.iou, kind='stable'): out[pred.masks[j]] = labels[j]
     return out
+
+def _check_table(boxes):
+    "The table of boxes as numbers; `InputError` for an empty one or a row that cannot be meant."
+    if not len(boxes): raise InputError("The table of boxes is empty: there is nothing to segment.")
+    n = boxes[BOX_COLUMNS].apply(pd.to_numeric, errors='coerce')
+    bad = n.isna().any(axis=1)|(n[['z','label']]%1 != 0).any(axis=1)|~n.label.between(1, 65535)
+    if bad.any(): raise InputError(f"{bad.sum()} boxes cannot be used, the first is {boxes[bad][BOX_COLUMNS].iloc[0].to_dict()}: z and label are whole numbers (label 1 to 65535), x0 y0 x1 y1 are pixels.")
+    return n.astype(dict(z=int, label=int))
 
 def predict_volume(
     predictor:Predictor, # model and device
@@ -158,15 +168,17 @@ def predict_volume(
 )->np.ndarray: # (D,H,W) label map, uint8 (uint16 where an id needs it)
     "Segment a volume from boxes on its slices; a slice without a box stays empty."
     recipe = recipe or Recipe()
+    if recipe.limits and volume.array.dtype == np.uint8: raise InputError(f"{volume.case or 'The image'} has 8-bit grey values, and the window {recipe.window!r} is for Hounsfield units. Use a recipe without a window, e.g. Recipe(modality='Photo') or --modality Photo.")
     if (miss := [c for c in BOX_COLUMNS if c not in boxes]): raise InputError(f"The boxes lack the columns {miss}; they have {list(boxes)}. Needed are {', '.join(BOX_COLUMNS)}.")
+    boxes = _check_table(boxes)
     if len(bad := boxes[(boxes.z < 0)|(boxes.z >= len(volume.array))]): raise InputError(f"{len(bad)} boxes lie on slices the volume does not have (z={bad.z.iloc[0]}, slices 0 to {len(volume.array)-1}).")
-    out, imgs = np.zeros(volume.array.shape[:3], np.uint16), normalize(volume.array, recipe)
+    out, limits = np.zeros(volume.array.shape[:3], np.uint16), intensity_limits(volume.array, recipe)
     for z, rows in tqdm(boxes.groupby('z'), desc=f'predict {volume.case}', unit='slice', disable=not progress):
-        predictor.set_image(imgs[z], recipe.size, recipe.fit)
+        predictor.set_image(rescale(volume.array[z], *limits), recipe.size, recipe.fit)   # as in curation: resize first, round after
         out[z] = _paint(predictor.predict(rows[BOX_COLUMNS[2:]].to_numpy(np.float32)), rows.label.to_numpy())
     return out.astype(np.uint8) if out.max() < 256 else out
 
-# %% ../nbs/08_predict.ipynb #b611ef0d
+# %% ../nbs/08_predict.ipynb #bcfaa1f8
 @command
 def medsam_predict(
     image:str,             # the volume or 2-D image
@@ -184,12 +196,15 @@ def medsam_predict(
     "Segment a volume from boxes and write the mask in the source geometry."
     if (boxes is None) == (labels is None): raise InputError("Give either boxes (a CSV file) or labels (a label file, for oracle boxes).")
     if Path(out).exists() and not overwrite: raise InputError(f"{out} exists already. Choose another name, or pass --overwrite.")
+    if split_name(out)[1] in ('', '.mhd', '.jpg', '.jpeg', '.bmp'): raise InputError(f"A mask cannot be written as {Path(out).name}: use .nii.gz, .nii, .nrrd or .mha, and for a 2-D image also .png or .tif.")
     volume = read_volume(image)
     if labels:
         label = read_volume(labels, kind='label'); check_pair(volume, label)
-        table = oracle_boxes(label, None if label_id == 'all' else [int(i) for i in label_id.split(',')])
+        table = oracle_boxes(label, None if label_id == 'all' else _parse_ids(label_id))
     elif not Path(boxes).is_file(): raise InputError(f"There is no box file at {boxes}.")
-    else: table = pd.read_csv(boxes)
+    else:
+        try: table = pd.read_csv(boxes)
+        except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as e: raise InputError(f"{boxes} cannot be read as a table of boxes ({e}). Needed is a CSV file with {', '.join(BOX_COLUMNS)}.") from None
     mask = predict_volume(Predictor(model, checkpoint, device), volume, table, Recipe(modality=modality, window=window if modality == 'CT' else None))
     write_mask(mask, volume, out, overwrite=overwrite)
     print(f"{len(table)} {'oracle ' if labels else ''}boxes, {np.count_nonzero(mask)} voxels, written to {out}")

@@ -95,7 +95,7 @@ def read_state(
         raise InputError(f"{path} does not hold a state_dict (a dict of name to tensor).")
     return state
 
-# %% ../nbs/06_sam.ipynb #ef40bc2f
+# %% ../nbs/06_sam.ipynb #897b9607
 def load_state(
     sam:Sam,       # changed in place
     path:str|Path  # checkpoint with segment_anything's key names
@@ -108,7 +108,7 @@ def load_state(
              (('missing', missing), ('unknown', extra), ('of another shape', shapes)) if l]
     if wrong: raise InputError(f"{path} is not a checkpoint of {getattr(sam, 'name', 'this model')}: keys {'; '.join(wrong)}. Is it another model of the zoo ({', '.join(MODELS)})?")
     sam.load_state_dict(state)
-    return sam
+    return sam.train(sam.training)   # in evaluation mode TinyViT keeps a copy of its attention biases; this renews it
 
 # %% ../nbs/06_sam.ipynb #84bb66fa
 def encoder_sha256(
@@ -145,7 +145,7 @@ def load_model(
     sam.encoder_sha256 = encoder_sha256(sam)
     return sam.to(pick_device(device)).eval()
 
-# %% ../nbs/06_sam.ipynb #b77a929a
+# %% ../nbs/06_sam.ipynb #f16d2376
 def decode(
     sam:nn.Module,             # anything with `prompt_encoder` and `mask_decoder`
     embeddings:torch.Tensor,   # (B,256,64,64), or (1,256,64,64) shared by all prompts
@@ -158,6 +158,7 @@ def decode(
     "Prompts and embeddings to mask logits, by `segment_anything`'s own prompt encoder and mask decoder."
     with torch.no_grad():
         sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=masks)
+    if len(embeddings) not in (1, len(sparse)): raise InputError(f"{len(embeddings)} embeddings and {len(sparse)} prompts do not pair: give one embedding for all prompts, or one for each.")
     run = partial(sam.mask_decoder, image_pe=sam.prompt_encoder.get_dense_pe(), multimask_output=multimask)
     if len(embeddings) == 1: return run(image_embeddings=embeddings, sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense)
     def one(e, s, d): return run(image_embeddings=e[None], sparse_prompt_embeddings=s[None], dense_prompt_embeddings=d[None])

@@ -180,12 +180,14 @@ def show_slice(
     if points is not None: show_points(points, point_labels, ax)
     return ax
 
-# %% ../nbs/01_show.ipynb #b57a0087
+# %% ../nbs/01_show.ipynb #e6d7c0af
 def show_grid(
     images, # images, each (H,W) or (H,W,3); or an array (N,H,W)
     titles=None, # a text for each
     ncols:int=None, # images in a row; None: at most 6
     masks=None, # a mask for each, or None in its place
+    boxes=None, # a box (4,) for each, or None in its place
+    points=None, # points (P,2) for each, or None in its place
     size:float=2., # width of an image in inches
     contour:bool=False, # masks as outlines?
     **kw, # passed to `show_image`
@@ -193,15 +195,16 @@ def show_grid(
     "Draw images in rows; returns the matplotlib figure"
     ims = [_picture(o) for o in images]
     if not ims: raise InputError('there are no images to show: the list is empty')
-    for what,o in (('titles',titles), ('masks',masks)):
+    for what,o in (('titles',titles), ('masks',masks), ('boxes',boxes), ('points',points)):
         if o is not None and len(o)!=len(ims): raise InputError(f'{len(ims)} images came with {len(o)} {what}: give one for each')
     if any(o.dtype not in (np.uint8, bool) for o in ims): kw = dict(vmin=min(np.nanmin(o) for o in ims), vmax=max(np.nanmax(o) for o in ims)) | kw
     ncols = min(ncols or 6, len(ims))
     nrows, ratio = math.ceil(len(ims)/ncols), max(o.shape[0]/o.shape[1] for o in ims)
     fig,axs = plt.subplots(nrows, ncols, figsize=(size*ncols, nrows*(size*ratio+.25*(titles is not None))), layout='constrained', squeeze=False)
+    def at(o, i): return None if o is None else o[i]
     for i,ax in enumerate(axs.flat):
         if i>=len(ims): ax.remove()
-        else: show_slice(ims[i], None if masks is None else masks[i], ax=ax, title=titles[i] if titles is not None else None, contour=contour, **kw)
+        else: show_slice(ims[i], at(masks,i), at(boxes,i), at(points,i), ax=ax, title=at(titles,i), contour=contour, **kw)
     return fig
 
 # %% ../nbs/01_show.ipynb #434a8760

@@ -358,7 +358,7 @@ def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with one DICOM series, PN
     a = values(sitk.GetArrayFromImage(im), path)
     return Volume(to_display(a, g), display_geometry(g)['spacing'], path.name if path.is_dir() else case_name(path), path, g)
 
-# %% ../nbs/02_volume.ipynb #f238cb01
+# %% ../nbs/02_volume.ipynb #57dd8fbf
 def _write_nifti(im, path:Path, ext:str, header:bytes):
     "Write a NIfTI file with the geometry fields `header` of the source, if there are any"
     plain = path.with_name('plain.nii')
@@ -367,7 +367,7 @@ def _write_nifti(im, path:Path, ext:str, header:bytes):
     plain.unlink()
     for i,j in _NIFTI_GEOMETRY if header else ():
         b[i:j],header = header[:j-i],header[j-i:]
-    path.write_bytes(gzip.compress(b, 6, mtime=0) if ext=='.nii.gz' else b)
+    path.write_bytes(gzip.compress(b, 4, mtime=0) if ext=='.nii.gz' else b)
 
 def write_volume(v:Volume, # any Volume; `v.source` says where its voxels belong
                  path, # .nii.gz, .nii, .nrrd or .mha; for a 2-D image also .png, .tif

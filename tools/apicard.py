@@ -42,7 +42,7 @@ class Card(BasicMarkdownRenderer):
         try: t = DocmentTbl(self.sym)
         except (TypeError, ValueError, KeyError): return ''
         if not t.has_docment: return ''
-        def cell(o): return '' if o is inspect.Parameter.empty else re.sub(r'(?<!\\)\|', r'\|', str(getattr(o, '__name__', o))).replace('\n', ' ')
+        def cell(o): return '' if o is inspect.Parameter.empty or o is type(None) else re.sub(r'(?<!\\)\|', r'\|', str(getattr(o, '__name__', o))).replace('\n', ' ')
         rows = [[cell(o) for o in r] for r in t._row_list]
         head = ['  '] + list(t._columns.values())
         out = [f"| {' | '.join(head)} |", '|' + ' --- |'*len(head)] + [f"| {' | '.join([f'`{r[0]}`'] + r[1:])} |" for r in rows]

@@ -93,10 +93,24 @@ def mend_site(site:Path, cfg):
         html = page.read_text(encoding='utf-8')
         html = re.sub(rf'(<a\b[^>]*\bhref="){re.escape(base)}', lambda m: m[1] + (up or './'), html)
         page.write_text(mathml(html), encoding='utf-8')
+    mend_symbols(site)
     for css in site.rglob('*.css'):
         text = css.read_text(encoding='utf-8')
         new = re.sub(r'@import\s+url\((["\']?)https?://[^)]*\1\)\s*;', '', text)
         if new != text: css.write_text(new, encoding='utf-8')
+
+def mend_symbols(site:Path):
+    "nbdev links every name it knows; one without a card goes to its class's card, or is no link (a private name)"
+    ids = {o.resolve(): set(re.findall(r'\bid="([^"]+)"', o.read_text(encoding='utf-8'))) for o in site.rglob('*.html')}
+    def mend(m, page):
+        have, frag = ids.get((page.parent/m[2]).resolve() if m[2] else page.resolve()), unquote(m[3])
+        if have is None or frag in have: return m[0]
+        owner = frag.rpartition('.')[0]
+        return f'{m[1]}{m[2]}#{owner}{m[4]}{m[5]}</a>' if owner in have else m[5]
+    for page in site.rglob('*.html'):
+        html = page.read_text(encoding='utf-8')
+        new = re.sub(r'(<a\b[^>]*\bhref=")([^":#?]*)#([^"]+)("[^>]*>)(<code>[^<]*</code>)</a>', lambda m: mend(m, page), html)
+        if new != html: page.write_text(new, encoding='utf-8')
 
 def broken_links(site:Path)->list:
     "Links between pages that lead nowhere: (page, link)"

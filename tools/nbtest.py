@@ -1,5 +1,5 @@
 "Run nbdev_test over every notebook, say how many there were and how long each took; no notebook at all is a failure."
-import argparse, os, sys, time
+import argparse, os, shutil, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,6 +13,7 @@ def main():
     path = str(Path(a.path).resolve()) if a.path else None
     os.chdir(ROOT)
     os.environ.setdefault('MPLBACKEND', 'agg')
+    os.environ['MEDSAM_NB_HOME'] = home = tempfile.mkdtemp(prefix='medsam_nb-')   # tutorials start from nothing, and the repository stays clean
     from nbdev.doclinks import nbglob
     from nbdev.test import nbdev_test
     found = nbglob(path)
@@ -21,7 +22,8 @@ def main():
         sys.exit(1)
     start = time.time()
     n_workers = 0 if len(found) == 1 else a.workers
-    nbdev_test.__wrapped__(path=path, flags=a.flags, n_workers=n_workers, timing=True)  # exits with 1 when a notebook fails
+    try: nbdev_test.__wrapped__(path=path, flags=a.flags, n_workers=n_workers, timing=True)  # exits with 1 when a notebook fails
+    finally: shutil.rmtree(home, ignore_errors=True)
     print(f'{len(found)} notebooks tested in {time.time()-start:.0f} s')
 
 if __name__ == '__main__': main()

@@ -1,9 +1,14 @@
 "Run notebooks from a fresh kernel, each in its own folder, and store their outputs, cleaned. Cells marked eval: false, slow or cuda keep theirs."
-import argparse, os, re, sys, time
+import argparse, os, re, shutil, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = re.compile(r'^#\|\s*(eval:\s*false|notest\b|slow\b|cuda\b)', re.M | re.I)
+QUIET = re.compile(r'^#\|\s*output:\s*false', re.M)   # housekeeping: nobody sees it, so nobody stores it
+
+def is_progress(out)->bool:
+    "Is this output a progress bar, which changes with each run and says nothing afterwards?"
+    return out.output_type == 'stream' and out.name == 'stderr' and (not out.text.strip() or bool(re.search(r'\d+%\|.*\||\d+(it|slice|s)?\s*\[\d\d:\d\d', out.text)))
 
 def run(path:Path, force:str='', timeout:int=1800)->float:
     "Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns seconds."
@@ -20,6 +25,8 @@ def run(path:Path, force:str='', timeout:int=1800)->float:
     NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
     for c in nb.cells:
         c.metadata.pop('execution', None)
+        if c.get('outputs'): c.outputs = [o for o in c.outputs if not is_progress(o)]
+        if c.cell_type == 'code' and QUIET.search(c.source): c.outputs = []
         if c.id in own:
             c.metadata.pop('tags')
             if own[c.id] is not None: c.metadata['tags'] = own[c.id]
@@ -33,7 +40,7 @@ def main():
     a = p.parse_args()
     paths = [o.resolve() for o in a.paths] or sorted(o for o in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
     if not paths: sys.exit('No notebook to run: looked for *.ipynb in nbs/')
-    os.environ.update(IN_TEST='1', PYTHONWARNINGS='ignore', TQDM_DISABLE='1')
+    os.environ.update(IN_TEST='1', PYTHONWARNINGS='ignore', TQDM_DISABLE='1', MEDSAM_NB_HOME=(home := tempfile.mkdtemp(prefix='medsam_nb-')))   # what anyone's first run shows
     failed = []
     for o in paths:
         name = o.relative_to(ROOT)
@@ -42,6 +49,7 @@ def main():
             failed.append(name)
             print(f'{name}: failed\n{e}', file=sys.stderr, flush=True)
     os.environ.pop('IN_TEST')
+    shutil.rmtree(home, ignore_errors=True)
     os.chdir(ROOT)
     from nbdev.clean import nbdev_clean
     for o in paths: nbdev_clean.__wrapped__(fname=str(o))

@@ -21,7 +21,7 @@ from .volume import Geometry, Volume, read_volume, write_volume
 ORGANS = {1:'liver', 2:'right kidney', 3:'spleen', 4:'pancreas', 5:'aorta', 6:'inferior vena cava', 7:'right adrenal gland',
           8:'left adrenal gland', 9:'gallbladder', 10:'oesophagus', 11:'stomach', 12:'duodenum', 13:'left kidney'}
 
-# %% ../nbs/03_phantom.ipynb #7e7c0e3e
+# %% ../nbs/03_phantom.ipynb #0d26427f
 _BEADS = {
  'liver': [[(-66,10,80,64), (-76,14,30,58), (-88,16,-18,33), (-94,16,-50,14)], [(-60,0,66,60), (-14,-32,72,46), (30,-50,72,31), (70,-44,80,15)]],
  'spleen': [[(60,62,84,26), (84,46,66,37), (96,26,38,37), (95,8,10,22)]],
@@ -31,10 +31,10 @@ _BEADS = {
  'aorta': [[(16,18,140,12), (12,16,60,11), (7,10,20,10.5), (5,6,-40,9.5), (4,4,-120,9)]],
  'inferior vena cava': [[(-18,-8,125,12), (-24,4,80,13), (-24,10,40,12), (-20,10,0,12), (-19,9,-60,11), (-17,9,-120,11)]],
  'right adrenal gland': [[(-26,23,44,3.6), (-32,31,43,3.6), (-41,42,42,3)], [(-31,29,43,3.4), (-28,38,41,3)]],
- 'left adrenal gland': [[(34,12,32,3.7), (38,20,30,3.7), (47,33,28,3.2)], [(37,19,30,3.7), (29,32,27,3.2)]],
+ 'left adrenal gland': [[(34,12,29,3.7), (38,20,27,3.7), (47,33,25,3.2)], [(37,19,27,3.7), (29,32,24,3.2)]],
  'gallbladder': [[(-36,-24,11,5.5), (-44,-36,1,10), (-52,-52,-14,14.5), (-59,-64,-26,13.5)]],
  'oesophagus': [[(2,14,140,8), (8,6,90,8.5), (16,0,66,8.5), (28,-4,50,9)]],
- 'stomach': [[(44,22,84,28), (54,4,62,32), (60,-28,38,28), (50,-52,12,24), (24,-62,-4,20), (2,-54,0,15), (-12,-44,6,8)]],
+ 'stomach': [[(44,20,86,28), (56,-5,62,31), (60,-30,38,28), (50,-52,12,24), (24,-62,-4,20), (2,-54,0,15), (-12,-44,6,8)]],
  'duodenum': [[(-14,-42,6,9), (-30,-36,8,13), (-42,-20,-2,12), (-46,-8,-24,13), (-42,-4,-48,13), (-22,-8,-60,11), (4,-12,-58,10), (24,-14,-46,11), (32,-24,-32,11)]],
 }
 
@@ -254,7 +254,7 @@ class _Fields(dict):
         return out
     def nearest(self, *names): return np.minimum.reduce([self[n] for n in names])
 
-# %% ../nbs/03_phantom.ipynb #2bf64ce3
+# %% ../nbs/03_phantom.ipynb #b43ee17f
 def _frame(F):
     "Skin, torso, body wall, cavity and diaphragm"
     P,x,y,z = F.person,F.x,F.y,F.z
@@ -270,7 +270,7 @@ def _frame(F):
     q = np.clip(rho, 0, 1.1)**5*(1-.25*front+.25*np.clip(-front, 0, 1))
     F['diaphragm'] = .75*(z-108+5*np.clip(x/40, 0, 1)+10*np.exp(-(x/28)**2)+64*q)
     F['bed'] = P.depth+.75*P.fat+10-F.raw[1]-.0009*F.raw[0]**2
-    F['angle'],F['r'],F['rho'] = np.arctan2(np.abs(x), y),r,rho
+    F['angle'],F['r'] = np.arctan2(np.abs(x), y),r
 
 # %% ../nbs/03_phantom.ipynb #3184f741
 def _spine(F):

@@ -102,7 +102,7 @@ def test_training_on_several_labels_and_pieces(two, tmp_path):
     run = go(npz, store, tmp_path/'r', instances=True, labels=(9,))
     assert json.loads((run.path/'config.json').read_text())['labels']==[9]
     go(npz, store, tmp_path/'r', instances=True, labels=[9])               # a list is the same choice
-    with pytest.raises(InputError, match=r'no training sample with the labels \(5,\)'): go(npz, store, tmp_path/'n', labels=(5,))
+    with pytest.raises(InputError, match=r'No training case in .* holds the labels \(5,\); it was curated with \(9, 1, 5\)'): go(npz, store, tmp_path/'n', labels=(5,))
     assert not (tmp_path/'n').exists()
 
 def test_boxes_depend_on_seed_epoch_and_sample_only(npz, store):
@@ -250,8 +250,23 @@ def test_another_configuration_is_refused_and_changes_nothing(npz, store, done, 
     for change, match in ((dict(lr=1e-3), 'lr is 0.0003 there and 0.001 now'), (dict(epochs=2), 'epochs is 3 there and 2 now'), (dict(seed=1), 'seed is 2023 there and 1 now'),
                           (dict(shrink=True), 'shrink is False there'), (dict(labels=(9,)), 'labels is None there'), (dict(val_fraction=.5), 'val_fraction')):
         with pytest.raises(InputError, match=match): go(npz, store, done.path, **(kw|change))
-    with pytest.raises(InputError, match='npz is .* there'): go(two[0], two[1], done.path, **kw)
+    with pytest.raises(InputError, match='data_sha256 is .* there'): go(two[0], two[1], done.path, **kw)
     assert tree(done.path)==before
+
+def test_the_data_may_move(npz, store, tmp_path, done):
+    "The same curated files and embeddings in another folder are the same run"
+    run = shutil.copytree(done.path, tmp_path/'run')
+    shutil.copytree(npz, tmp_path/'npz'); shutil.copytree(store.path, tmp_path/'s')
+    assert go(tmp_path/'npz', EmbeddingStore(tmp_path/'s'), run, epochs=3, lr=3e-4).log.equals(done.log)
+
+def test_validation_patients_have_something_to_validate(tmp_path):
+    "Only two of five cases hold label 1: with labels=(1,) one trains and one validates, whatever the seed"
+    organs = ((9,30,34,12),)
+    im,lb = raw(tmp_path/'raw', ['a','b','c'], shape=(1,64,80), organs=organs); raw(tmp_path/'raw', ['d','e'], shape=(1,64,80), organs=(*organs,(1,45,60,10)))
+    npz = curate(im, lb, out=tmp_path/'npz', label_ids=(9,1), test_fraction=0, progress=False).folder; store = fill(npz, tmp_path/'s')
+    for seed in (1,2,3):
+        cfg = json.loads((go(npz, store, tmp_path/f'r{seed}', labels=(1,), seed=seed, epoch_samples=1).path/'config.json').read_text())
+        assert sorted(cfg['train']+cfg['validate'])==['d','e'] and len(cfg['validate'])==1
 
 def test_data_curated_again_is_another_run(tmp_path):
     kw = dict(test_fraction=0, scans=dict(shape=(1,64,80)))

@@ -82,7 +82,7 @@ def score(
     pred, gt = _squeeze(pred, gt)
     return dsc(pred, gt), nsd(pred, gt, spacing[-pred.ndim:], tolerance)
 
-# %% ../nbs/11_evaluate.ipynb #c2713a69
+# %% ../nbs/11_evaluate.ipynb #2a0f677e
 def evaluate_case(
     sam,                # model with the decoder to be scored
     case:CuratedCase,   # as read by `read_npz`
@@ -104,12 +104,10 @@ def evaluate_case(
         rows.append(row)
     return rows
 
-def _lost(case, boxes, slacks, labels):
-    "Rows for organs that the source has and that curation dropped on every slice: missed altogether."
-    if case.labels is None: return []
-    ids = {case.label_ids[v-1]: v for v in np.unique(case.labels) if v}
-    return [dict(case=case.case, label=l, slack=float(s), slices=0, missed=int((case.labels == v).any((1,2)).sum()), DSC=0., NSD=0., DSC_256=np.nan, NSD_256=np.nan)
-            for l, v in ids.items() if l not in set(boxes.label) and (labels is None or l in labels) for s in slacks]
+def _unscored(case, boxes, labels):
+    "How many organs of a case curation dropped on every slice: no embedding, no box, no score."
+    if case.labels is None: return 0
+    return sum(case.label_ids[v-1] not in set(boxes.label) and (labels is None or case.label_ids[v-1] in labels) for v in np.unique(case.labels) if v)
 
 # %% ../nbs/11_evaluate.ipynb #656a81e2
 def bootstrap_mean(
@@ -131,7 +129,7 @@ def paired_test(
     d = np.asarray(b, float)-np.asarray(a, float)
     return 1. if not np.any(d) else float(wilcoxon(d).pvalue)
 
-# %% ../nbs/11_evaluate.ipynb #7a78594b
+# %% ../nbs/11_evaluate.ipynb #722d5435
 def per_patient(
     scores:pd.DataFrame, # rows of eval.csv
     metric:str='DSC'
@@ -151,7 +149,7 @@ def summarize(
             t = per_patient(scores[scores.slack == slack], metric).dropna()
             if not len(t): continue
             row = {'metric': metric, 'box slack': slack}
-            for name in t: row[name] = '{:.3f} ({:.3f} to {:.3f})'.format(*bootstrap_mean(t[name]))
+            for name in t: row[name] = ('{:.3f} ({:.3f} to {:.3f})' if len(t) > 1 else '{:.3f} (one patient)').format(*bootstrap_mean(t[name]))
             if len(t.columns) == 2: row.update(difference=f'{(t.iloc[:,1]-t.iloc[:,0]).mean():+.3f}', p=f'{paired_test(t.iloc[:,0], t.iloc[:,1]):.3g}')
             rows.append(row | {'patients': len(t)})
     return pd.DataFrame(rows)
@@ -173,7 +171,7 @@ def show_curve(
     ax.set(xlabel='box slack (pixels of the 256 grid; below 0 inward)', ylabel=metric, title=title); ax.legend()
     return ax
 
-# %% ../nbs/11_evaluate.ipynb #c70b819b
+# %% ../nbs/11_evaluate.ipynb #160f268b
 @dataclass
 class Evaluation:
     "The scores of a run, and how to look at them."
@@ -200,12 +198,12 @@ class Evaluation:
         fig.suptitle(f'{self.what} {box.case}, slice {int(box.z)}, label {int(box.label)}, slack {box.slack:g} px', fontsize=9)
         return fig
     def worst(self, n=3, slack=20):
-        "The slices with the lowest DSC of the last decoder, as rows of `boxes` with that DSC."
-        b = self.boxes[self.boxes.slack == slack].copy()
-        low = self.scores[(self.scores.slack == slack)&(self.scores.decoder == list(self.models)[-1])].nsmallest(max(n, 3), 'DSC_256')
-        b = b[pd.MultiIndex.from_frame(b[['case','label']]).isin(list(zip(low.case, low.label)))]
-        b['DSC'] = [dsc(*(lambda im, gt, m: (list(m.values())[-1], gt))(*self.masks(r))) for _, r in b.iterrows()]
-        return b.nsmallest(n, 'DSC')
+        "Rows of `boxes`: the `n` slices with the lowest DSC of the last decoder, out of its `n` lowest cases."
+        last = list(self.models)[-1]
+        low = self.scores[(self.scores.slack == slack)&(self.scores.decoder == last)].nsmallest(n, 'DSC_256')
+        b = self.boxes[self.boxes.slack == slack].merge(low[['case', 'label']])
+        def score(box): _, gt, masks = self.masks(box); return dsc(masks[last], gt)
+        return b.assign(DSC=[score(r) for _, r in b.iterrows()]).nsmallest(n, 'DSC')
 
 # %% ../nbs/11_evaluate.ipynb #432ee9b9
 def _stored_boxes(path, cases, slacks, labels, seed):
@@ -232,7 +230,7 @@ def _figures(ev):
     save(ev.show_box(typical.iloc[len(typical)//2]), 'figure.png')
     for k, (_, b) in enumerate(ev.worst(3, slack).iterrows()): save(ev.show_box(b), f'worst_{k+1}.png')
 
-# %% ../nbs/11_evaluate.ipynb #326d5276
+# %% ../nbs/11_evaluate.ipynb #24260011
 def evaluate(
     npz:str|Path,            # curated folder with test/
     store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
@@ -254,12 +252,13 @@ def evaluate(
     cases, who = [read_npz(f) for f in find_npz(npz, part)], patients_of(npz)
     if part == 'test': _no_leak(cases, cfg, who)
     boxes = _stored_boxes(run/f'boxes{"" if part == "test" else "_"+part}.csv', cases, slacks, labels, seed)
-    if not len(boxes): raise InputError(f"The {part} cases of {npz} hold none of the labels {labels}.")
-    rows = []
+    rows, unscored = [], 0
     for c in tqdm(cases, desc=f'evaluate on {dev.type} -> {run.name}', unit='case'):
         b, e = boxes[boxes.case == c.case], emb.open_case(c)
-        for name, m in models.items(): rows += [dict(patient=who.get(c.case, c.case), decoder=name, **r) for r in (evaluate_case(m, c, e, b, tolerance) if len(b) else [])+_lost(c, b, slacks, labels)]
+        for name, m in models.items(): rows += [dict(patient=who.get(c.case, c.case), decoder=name, **r) for r in (evaluate_case(m, c, e, b, tolerance) if len(b) else [])]
+        unscored += _unscored(c, b, labels)
         for k in ('imgs', 'gts', 'labels'): c.__dict__.pop(k, None)   # read again when needed: memory stays small
+    if unscored: print(f'{unscored} organs of these cases are not scored: curation dropped them on every slice (reasons in split.csv)')
     scores = pd.DataFrame(rows)
     what = 'phantom' if all(c.case.startswith('Phantom') for c in cases) else 'held-out' if part == 'test' else part
     ev = Evaluation(scores, boxes, models, emb, {c.case: c.path for c in cases}, run, what)

@@ -168,7 +168,7 @@ class Config:
         if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise InputError(f"mixed_precision is {self.mixed_precision!r}; it can be no, bf16 or fp16.")
         return self
 
-# %% ../nbs/10_finetune.ipynb #02a3ffd2
+# %% ../nbs/10_finetune.ipynb #bf86eb43
 def _read_config(run): return json.loads((run/'config.json').read_text(encoding='utf-8'))
 
 def _open_run(run, cfg, facts):
@@ -176,7 +176,7 @@ def _open_run(run, cfg, facts):
     new = json.loads(json.dumps(dict(asdict(cfg), **facts)))
     if (run/'config.json').exists():
         old = _read_config(run)
-        diff = [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in new if old.get(k) != new[k] and k not in ('epochs', 'package_version')]
+        diff = [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in new if old.get(k) != new[k] and k not in ('epochs', 'package_version', 'npz', 'store')]   # the data may move: data_sha256 knows it
         if old['epochs'] > new['epochs']: diff.append(f"epochs is {old['epochs']} there and {new['epochs']} now")
         if diff: raise InputError(f"The run folder {run} holds another run: {'; '.join(diff)}. Give another run name, or delete that folder.")
     elif run.exists() and any(not p.name.startswith('.') for p in run.iterdir()): raise InputError(f"{run} is not empty and holds no config.json, so it is not a run of ours. Give another run name.")
@@ -264,7 +264,7 @@ def _log_epoch(run, rows, new, callback):
             if k != 'epoch' and v is not None: tb.add_scalar(k, v, new['epoch'])
     if callback: callback(pd.DataFrame(rows))
 
-# %% ../nbs/10_finetune.ipynb #419089ae
+# %% ../nbs/10_finetune.ipynb #af7d959b
 def _run(acc, cfg, run, sam, loaders, callback):
     "Train, validate, keep the best, save the state: epoch after epoch."
     net, loss_func = PromptedDecoder(sam), DiceBCE()
@@ -277,7 +277,7 @@ def _run(acc, cfg, run, sam, loaders, callback):
         return dict(epoch=epoch, train_loss=None if dice is None else dice+bce, dice_loss=dice, bce_loss=bce, val_dsc=score)
     done, rows, best = _load_state(acc, run) or (-1, [], -1)
     n = len(sampler)
-    with tqdm(total=cfg.epochs*n, initial=max(done,0)*n, unit='sample', desc=f'finetune on {acc.device.type} -> {run.name}', disable=not acc.is_main_process) as bar:
+    with tqdm(total=cfg.epochs*n, initial=max(done,0)*n, unit='sample', desc=f'finetune on {acc.device.type} -> {run.name}', **({} if acc.is_main_process else {'disable': True})) as bar:
         for epoch in range(done+1, cfg.epochs+1):
             train.dataset.epoch = sampler.epoch = epoch
             row = one(epoch, *train_epoch(acc, net, train_dl, opt, loss_func, bar)) if epoch else one(0)
@@ -326,7 +326,7 @@ def live_curve():
         else: handle.update(fig)
     return update
 
-# %% ../nbs/10_finetune.ipynb #5cca61dc
+# %% ../nbs/10_finetune.ipynb #1906631e
 def finetune(
     npz:str|Path,            # curated folder with train/ (chapter 04)
     store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
@@ -344,7 +344,7 @@ def finetune(
     acc = _accelerator(device, cfg.mixed_precision)
     seed_everything(cfg.seed)
     sam = load_model(model, cfg.checkpoint, 'cpu')
-    train, val = split_validation(find_npz(npz, 'train'), patients_of(npz), cfg.val_fraction, cfg.seed)
+    train, val = split_validation(_files(cfg), patients_of(npz), cfg.val_fraction, cfg.seed)
     emb = EmbeddingStore(store, wanted=dict(model=model, encoder_sha256=sam.encoder_sha256))
     loaders = _loaders(cfg, train, val, emb, sam.image_encoder.img_size)
     if acc.is_main_process: _open_run(run, cfg, dict(encoder_sha256=sam.encoder_sha256, package_version=__version__, **_who(npz, train, val)))
@@ -352,6 +352,14 @@ def finetune(
     log = _run(acc, cfg, run, sam, loaders, callback)
     _assert_frozen(sam, load_model(model, cfg.checkpoint, 'cpu'))
     return Run(run, log)
+
+def _files(cfg):
+    "Training cases that have something to train on, so that validation patients have something to validate."
+    files = find_npz(cfg.npz, 'train')
+    if cfg.labels is None: return files
+    found = [files[i] for i in list_samples(files, cfg.labels).file.unique()]
+    if not found: raise InputError(f"No training case in {cfg.npz} holds the labels {tuple(cfg.labels)}; it was curated with {read_npz(files[0]).label_ids}.")
+    return found
 
 def _who(npz, train, val):
     "Cases and patients of a run, and a hash of what their slices were made from, for config.json."

@@ -4,6 +4,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEEP = re.compile(r'^#\|\s*(eval:\s*false|notest\b|slow\b|cuda\b)', re.M | re.I)
+WIDGET = 'application/vnd.jupyter.widget-view+json'
 QUIET = re.compile(r'^#\|\s*output:\s*false', re.M)   # housekeeping: nobody sees it, so nobody stores it
 
 def is_progress(out)->bool:
@@ -27,6 +28,7 @@ def run(path:Path, force:str='', timeout:int=1800)->float:
         c.metadata.pop('execution', None)
         if c.get('outputs'): c.outputs = [o for o in c.outputs if not is_progress(o)]
         if c.cell_type == 'code' and QUIET.search(c.source): c.outputs = []
+        elif c.cell_type == 'code': c.outputs = [o for o in c.outputs if WIDGET not in o.get('data', {})]   # a page without a kernel cannot show one
         if c.id in own:
             c.metadata.pop('tags')
             if own[c.id] is not None: c.metadata['tags'] = own[c.id]

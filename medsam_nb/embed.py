@@ -201,13 +201,15 @@ def _embed_case(sam, case, store, batch_size, precision, bar):
         for j in sorted(todo): emb.write(j, out[j-i])
         bar.update(len(todo))
 
-# %% ../nbs/07_embed.ipynb #3abda284
+# %% ../nbs/07_embed.ipynb #f02d1008
 def default_store(
     npz:str|Path, # a curated folder, e.g. data/npz/CT_Abd
     model:str     # a key of `MODELS`
 )->Path:
-    "Where the embeddings of a curated folder live unless told otherwise."
-    return data_dir('embeddings', model, f'{Path(npz).name}.zarr')
+    "Where the embeddings of a curated folder live unless told otherwise: below data/embeddings as the folder lies below data/npz."
+    npz, home = Path(npz).absolute(), data_dir('npz').absolute()
+    name = npz.relative_to(home) if npz.is_relative_to(home) else Path(npz.name)
+    return data_dir('embeddings', model, name.with_name(f'{name.name}.zarr'))
 
 def embed(
     npz:str|Path,             # curated folder with train/ and test/ (chapter 04)

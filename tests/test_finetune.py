@@ -372,15 +372,19 @@ ds = PromptDataset(find_npz(root/'npz'), EmbeddingStore(root/'s.zarr'), 256)
 n = sum(len(b['mask']) for b in DataLoader(ds, batch_size=4))
 print(json.dumps(dict(n=n, before=before, mb=peak(), epochs=len(run.log))))
 '''
-def many(root, cases, slices, limit=0): return json.loads(python(TRAIN, root, cases, slices, limit, threads=1).splitlines()[-1])
+def many(*jobs):
+    "What TRAIN says about each (folder, cases, slices, limit), all at once"
+    ps = [python(TRAIN, *j, threads=1, wait=False) for j in jobs]; said = [p.communicate() for p in ps]
+    assert not any(p.returncode for p in ps), said
+    return [json.loads(out.splitlines()[-1]) for out,_ in said]
 
 def test_defect08_file_handles_do_not_grow_with_the_cases(tmp_path):
-    got = many(tmp_path, 200, 1, limit=128); assert got['n']==200 and got['epochs']==2
+    got, = many((tmp_path, 200, 1, 128)); assert got['n']==200 and got['epochs']==2
 
 @pytest.mark.skipif(not sys.platform.startswith('linux'), reason='peak memory is read from /proc')
 def test_memory_does_not_grow_with_the_slices(tmp_path):
     "2,000 slices are 8 GB as float32; they may cost less than 150 MB more than 100 slices do"
-    few, lots = many(tmp_path/'few', 5, 20), many(tmp_path/'lots', 20, 100)
+    few, lots = many((tmp_path/'few', 5, 20, 0), (tmp_path/'lots', 100, 20, 0))
     print(f'peak memory: {few["mb"]:.0f} MB with {few["n"]} slices, {lots["mb"]:.0f} MB with {lots["n"]}')
     assert few['n']==100 and lots['n']==2000 and lots['mb']-few['mb'] < 150 and lots['before'] < lots['mb']
 

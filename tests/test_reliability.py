@@ -60,6 +60,7 @@ def test_embedding_killed_twice(tmp_path, dtype, batch_size):
     assert len(slices_in(tmp_path/'cut'))==15 and a==b
     for f in find_npz(npz): EmbeddingStore(tmp_path/'cut').open_case(read_npz(f))
 
+@pytest.mark.slow
 def test_embedding_with_the_real_encoder_killed_once(tmp_path):
     code = "import sys; from medsam_nb.embed import medsam_embed; medsam_embed(sys.argv[1], sys.argv[2], device='cpu')"
     npz = hospital(tmp_path, ['a','b','c'], scans=dict(shape=(1,64,80)))
@@ -193,6 +194,7 @@ def test_a_folder_where_nothing_is_usable(tmp_path, how):
         with pytest.raises(InputError): f(tmp_path/'npz'/'CT_Abd')
     assert not list(tmp_path.rglob('*.npz')) and not list(tmp_path.rglob('*.zarr')) and not (tmp_path/'run').exists()
 
+@pytest.mark.slow
 def test_commands_end_in_one_sentence(tmp_path):
     "From a console a mistake is one line on stderr and exit code 2"
     bin_ = Path(sys.executable).parent

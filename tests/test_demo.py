@@ -17,7 +17,7 @@ def checkout(tmp_path_factory):
 
 def make(checkout, *args):
     env = {k: v for k, v in os.environ.items() if k not in ('MEDSAM_NB_HOME', 'MAKEFLAGS', 'MAKELEVEL')}
-    return subprocess.run(['make', *args], cwd=checkout, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run(['make', *args], cwd=checkout, env=env, capture_output=True, text=True, timeout=1500)
 
 def test_demo_runs_the_chain_and_runs_again(checkout):
     small = ['demo', 'N=5', 'SIZE=6,128,128', 'EPOCHS=1', 'MAKEFLAGS=']

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'Recipe', 'intensity_limits', 'rescale', 'normalize', 'fit_shape', 'resize_label', 'resize_image',
            'code_labels', 'curate_label', 'source_hash', 'curate_case', 'count_drops', 'patient_of', 'split_cases',
-           'read_split', 'write_split', 'CuratedCase', 'read_npz', 'find_npz', 'Curation', 'curate', 'medsam_curate']
+           'read_split', 'patients_of', 'write_split', 'CuratedCase', 'read_npz', 'find_npz', 'Curation', 'curate',
+           'parse_ids', 'medsam_curate']
 
 # %% ../nbs/04_curate.ipynb #bfb8c81a
 import hashlib, html, json, re, shutil, zipfile
@@ -355,6 +356,14 @@ def read_split(
     try: return t[_COLUMNS].assign(kept=t.kept.astype(int), dropped=t.dropped.astype(int), reasons=t.reasons.map(json.loads))
     except ValueError as e: raise InputError(f'{f} has a cell that cannot be read: {e}') from None
 
+def patients_of(
+    npz # curated folder
+)->dict: # case -> patient, from split.csv; empty for a folder without one (v0.1), where each case is a patient
+    "Who is who."
+    if not (Path(npz)/'split.csv').exists(): return {}
+    split = read_split(npz)
+    return dict(zip(split.case, split.patient))
+
 def write_split(table:pd.DataFrame, folder):
     "Write a split table, all or nothing"
     with atomic_path(Path(folder)/'split.csv') as tmp:
@@ -613,8 +622,8 @@ def curate(
     return res
 
 # %% ../nbs/04_curate.ipynb #c51547b5
-def _parse_ids(text):
-    "'all', or whole numbers separated by commas"
+def parse_ids(text):
+    "'all' as it is, or '1,2,9' as a tuple of ids; `InputError` for anything else"
     if str(text).strip()=='all': return 'all'
     try: return tuple(int(o) for o in str(text).split(','))
     except ValueError: raise InputError(f'label_id {text!r} cannot be read: give whole numbers separated by commas, for example 1,2,9, or all') from None
@@ -652,7 +661,7 @@ def medsam_curate(
     progress:bool=True, # show a progress bar
 ):
     "Curate a folder of images and labels into 2-D training slices, split by patient"
-    res = curate(images, labels, out, _parse_ids(label_id), test_fraction=test_fraction, seed=seed, patient=patient, image_suffix=image_suffix,
+    res = curate(images, labels, out, parse_ids(label_id), test_fraction=test_fraction, seed=seed, patient=patient, image_suffix=image_suffix,
         workers=workers, strict=strict, overwrite=overwrite, progress=progress, window=_parse_window(window), modality=modality, anatomy=anatomy,
         low=low, high=high, size=size, min_pixels=min_pixels, fit=fit, flip=flip)
     print(res)

@@ -18,9 +18,8 @@ from scipy.stats import wilcoxon
 from tqdm.auto import tqdm
 
 from .core import InputError, atomic_path, command, pick_device, work_dir
-from .curate import CuratedCase, _parse_ids, find_npz, read_npz
+from .curate import CuratedCase, find_npz, parse_ids, patients_of, read_npz
 from .embed import EmbeddingStore, case_grid, default_store
-from .finetune import patients_of
 from .metrics import dsc, nsd
 from .prompt import Grid, mask_to_box, slack_box
 from .sam import decode, load_model
@@ -286,7 +285,7 @@ def medsam_evaluate(
     device:str=None        # cpu, cuda or mps; default the best there is
 ):
     "Score the pretrained and the fine-tuned decoder on held-out cases with the same oracle boxes."
-    ids = None if labels in (None, 'all') else _parse_ids(labels)
+    ids = None if labels in (None, 'all') else parse_ids(labels)
     try: widths = tuple(float(s) for s in slacks.split(','))
     except ValueError: raise InputError(f"slacks {slacks!r} cannot be read: give numbers separated by commas, e.g. --slacks=0,20.") from None
     ev = evaluate(npz, store, run, part, widths, ids, tolerance, seed, device)

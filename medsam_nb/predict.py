@@ -17,7 +17,7 @@ from segment_anything import SamAutomaticMaskGenerator
 from tqdm.auto import tqdm
 
 from .core import InputError, command
-from .curate import Recipe, _parse_ids, intensity_limits, normalize, rescale, resize_image
+from .curate import Recipe, intensity_limits, normalize, parse_ids, rescale, resize_image
 from .embed import encode
 from .prompt import Grid, check_box, mask_to_box
 from .sam import decode, load_model
@@ -146,9 +146,9 @@ def oracle_boxes(
 
 # %% ../nbs/08_predict.ipynb #f87ecdb0
 def _paint(pred, labels):
-    "(H,W) label map from a `Prediction`; the higher predicted IoU wins where masks overlap."
+    "(H,W) label map from a `Prediction`; the smaller mask wins where masks overlap."
     out = np.zeros(pred.masks.shape[-2:], np.uint16)
-    for j in np.argsort(pred.iou, kind='stable'): out[pred.masks[j]] = labels[j]
+    for j in np.argsort(-pred.masks.sum((1,2)), kind='stable'): out[pred.masks[j]] = labels[j]
     return out
 
 def _check_table(boxes):
@@ -200,7 +200,7 @@ def medsam_predict(
     volume = read_volume(image)
     if labels:
         label = read_volume(labels, kind='label'); check_pair(volume, label)
-        table = oracle_boxes(label, None if label_id == 'all' else _parse_ids(label_id))
+        table = oracle_boxes(label, None if label_id == 'all' else parse_ids(label_id))
     elif not Path(boxes).is_file(): raise InputError(f"There is no box file at {boxes}.")
     else:
         try: table = pd.read_csv(boxes)

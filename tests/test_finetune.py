@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import default_collate
 from medsam_nb.core import InputError
-from medsam_nb.curate import curate, find_npz, read_npz, read_split
+from medsam_nb.curate import curate, find_npz, patients_of, read_npz, read_split
 from medsam_nb.embed import EmbeddingStore, ProvenanceError
 from medsam_nb.finetune import (Config, DiceBCE, EpochSampler, PromptDataset, PromptedDecoder, _accelerator, finetune, list_samples, live_curve,
-    medsam_finetune, patients_of, split_validation, train_epoch, validate)
+    medsam_finetune, running_mean, split_validation, train_epoch, validate)
 from medsam_nb.prompt import mask_to_box
 from medsam_nb.sam import decode, load_model
 from tiny import disc, fill, hospital, lite, python, quick, raw, same_state, state_of, tree
@@ -213,6 +213,27 @@ def test_best_of_vit_b_loads_in_segment_anything(tmp_path):
     theirs.load_state_dict(state_of(tmp_path/'best.pth'), strict=True)
     assert torch.equal(theirs.mask_decoder.iou_token.weight, net.mask_decoder.iou_token.weight)
 
+def test_running_mean_by_hand():
+    one = torch.nn.Linear(2, 1); mean, want = running_mean(one, .3), None
+    for n in range(8):
+        with torch.no_grad(): one.weight.copy_(torch.randn(1, 2))
+        mean.update_parameters(one)
+        d = min(.3, (1+n)/(10+n))
+        want = one.weight.detach().clone() if n == 0 else d*want+(1-d)*one.weight.detach()
+        torch.testing.assert_close(mean.module.weight.detach(), want)
+
+def test_the_mean_is_what_is_validated_and_kept(npz, store, tmp_path):
+    kw = dict(epochs=1, epoch_samples=6, lr=3e-4)
+    mean, last = go(npz, store, tmp_path/'mean', **kw), go(npz, store, tmp_path/'last', ema=0, **kw)
+    assert mean.log.train_loss.equals(last.log.train_loss)    # the same steps
+    w = {r.path.name: {k: load_file(r.path/'state-00001'/f) for k, f in (('net', 'model.safetensors'), ('mean', 'model_1.safetensors'))} for r in (mean, last)}
+    a = 'mask_decoder.iou_token.weight'
+    assert torch.equal(w['mean']['net'][a], w['last']['net'][a]) and torch.equal(w['last']['net'][a], w['last']['mean']['module.'+a])
+    assert not torch.equal(w['mean']['net'][a], w['mean']['mean']['module.'+a])
+    for r in (mean, last):
+        if r.log.val_dsc.idxmax() == 1: assert torch.equal(state_of(r.best)[a], w[r.path.name]['mean']['module.'+a])
+    assert any(r.log.val_dsc.idxmax() == 1 for r in (mean, last)) and mean.log.val_dsc[1] != last.log.val_dsc[1]
+
 def test_it_learns(npz, store, tmp_path):
     "Four epochs on discs lower the loss"
     run = go(npz, store, tmp_path/'r', epochs=4, epoch_samples=None, lr=3e-4)
@@ -282,7 +303,7 @@ def test_a_foreign_folder_is_refused_and_stays(npz, store, tmp_path):
 
 @pytest.mark.parametrize('bad, match', [(dict(epochs=0), 'epochs is 0'), (dict(epochs=1.5), 'epochs is 1.5'), (dict(lr=-1), 'lr is -1'), (dict(lr=float('nan')), 'lr is nan'),
     (dict(batch_size=0), 'batch_size'), (dict(box_px=-3), 'box_px is -3'), (dict(epoch_samples=0), 'epoch_samples is 0'), (dict(epoch_samples=-1), 'epoch_samples'),
-    (dict(val_fraction=0), 'val_fraction'), (dict(val_fraction=1), 'val_fraction'), (dict(mixed_precision='fp8'), 'mixed_precision'), (dict(learning_rate=1), "Unknown settings .'learning_rate'"),
+    (dict(val_fraction=0), 'val_fraction'), (dict(val_fraction=1), 'val_fraction'), (dict(mixed_precision='fp8'), 'mixed_precision'), (dict(ema=1), 'ema'), (dict(ema=-.1), 'ema'), (dict(learning_rate=1), "Unknown settings .'learning_rate'"),
     (dict(model='vit_x'), 'no model called'), (dict(checkpoint='nowhere.pth'), 'no checkpoint at nowhere.pth'), (dict(seed=-1), 'seed is -1')])
 def test_bad_settings_leave_nothing(npz, store, tmp_path, bad, match):
     with pytest.raises(InputError, match=match): go(npz, store, tmp_path/'r', **bad)

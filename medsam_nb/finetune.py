@@ -21,7 +21,7 @@ from fastcore.basics import patch
 from monai.losses import DiceLoss
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
@@ -254,9 +254,9 @@ def _accelerator(device, mixed_precision):
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
 
 def _loaders(cfg, train, val, store, size):
-    "Training and validation loaders; the validation boxes are those of epoch 0 for ever."
-    kw = dict(labels=cfg.labels, instances_=cfg.instances, box_px=cfg.box_px, shrink=cfg.shrink, seed=cfg.seed)
-    tds, vds = PromptDataset(train, store, size, **kw), PromptDataset(val, store, size, **kw)
+    "Training and validation loaders; validation asks with tight boxes, half and all of the slack, and they never change."
+    def data(files, px): return PromptDataset(files, store, size, labels=cfg.labels, instances_=cfg.instances, box_px=px, shrink=cfg.shrink, seed=cfg.seed)
+    tds, vds = data(train, cfg.box_px), ConcatDataset([data(val, px) for px in sorted({0, cfg.box_px/2, cfg.box_px})])
     for name, ds in (('training', tds), ('validation', vds)):
         if not len(ds): raise InputError(f"There is no {name} sample with the labels {cfg.labels or 'that were curated'} in {cfg.npz}. See split.csv there for what was kept.")
     return (DataLoader(tds, cfg.batch_size, sampler=EpochSampler(len(tds), cfg.seed, cfg.epoch_samples)), DataLoader(vds, cfg.batch_size))

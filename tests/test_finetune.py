@@ -184,9 +184,10 @@ def test_encoders_are_bit_identical_and_the_decoder_is_not(done):
 def val_dsc(npz, store, checkpoint, cfg):
     "Mean DSC of a checkpoint on the validation samples of a run, without `finetune`"
     sam = lite() if checkpoint is None else load_model('lite', checkpoint, 'cpu')
-    ds = PromptDataset([f for f in find_npz(npz, 'train') if read_npz(f).case in cfg['validate']], store, 256, seed=cfg['seed'])
+    files = [f for f in find_npz(npz, 'train') if read_npz(f).case in cfg['validate']]
+    sets = [PromptDataset(files, store, 256, seed=cfg['seed'], box_px=px) for px in (0,10,20)]
     scores = []
-    for b in (ds[n] for n in range(len(ds))):
+    for b in (ds[n] for ds in sets for n in range(len(ds))):
         with torch.inference_mode(): p = decode(sam, b['embedding'][None], b['box'][None])[0][0]>0
         scores.append(2*(p&(b['mask']>.5)).sum().item()/(p.sum()+b['mask'].sum()).item())
     return np.mean(scores)

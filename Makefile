@@ -1,6 +1,7 @@
 # One environment, .venv/, made from settings.ini and constraints.txt; every target below hangs on it.
 #   make demo    the whole chain on phantoms or FLARE22: curate, embed, fine-tune, evaluate
 #   make test    every test: notebooks, pytest, packaging, documentation
+#   make bench   how fast this machine is: the drawing cell, the models
 #   make env, lab, docs, notebooks, sync, clean: see CONTRIBUTING.md
 SHELL  := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -29,9 +30,9 @@ override DATA := $(patsubst %/,%,$(DATA))
 NAME   ?= $(notdir $(DATA))_$(subst $(comma),-,$(LABEL))
 NPZ    := data/npz/CT_$(NAME)
 
-.PHONY: help env demo test lint lab docs notebooks sync pins clean
+.PHONY: help env demo test bench lint lab docs notebooks sync pins clean
 help:
-	@sed -n '2,4p' Makefile | cut -c3-
+	@sed -n '2,5p' Makefile | cut -c3-
 
 env: $(STAMP)
 $(STAMP): settings.ini setup.py constraints.txt
@@ -69,6 +70,9 @@ test: $(STAMP)
 	echo "== pytest"; \
 	$(BIN)/python -m pytest tests || rc=1; \
 	exit $$rc
+
+bench: $(STAMP)
+	$(BIN)/python tools/bench.py
 
 lint: $(STAMP)
 	@$(BIN)/python -m pytest -q tests/test_repo.py

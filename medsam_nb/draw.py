@@ -490,7 +490,7 @@ def _controls(self):
         overwrite=w.Checkbox(description='overwrite', value=False, indent=False, layout=auto),
         save=_button('save', 'Masks as NIfTI in the geometry of the scan, and prompts as JSON beside them', 'save'))
 
-# %% ../nbs/12_draw.ipynb #778944e8
+# %% ../nbs/12_draw.ipynb #f0411055
 def _sentence(f):
     "A callback whose errors become a sentence under the slice."
     @wraps(f)
@@ -514,6 +514,7 @@ class Annotator(widgets.VBox):
         self.cases, self.sams, self.settings = cases, sams, dict(recipe=recipe, store=store, names=names)
         self.views = list(sams)+(['both'] if len(sams) > 1 else [])
         self.lock, self.session, self.index, self.drawn, self.seq, self.said, self.moving = threading.RLock(), None, 0, {}, 0, '', False
+        self.stop = False
         self.canvas, self.ui = Canvas(height=height), _controls(self)
         u, row = self.ui, lambda *w: widgets.HBox(w, layout=widgets.Layout(flex_flow='row wrap', align_items='center'))
         first = [u['case']] if len(cases) > 1 else []
@@ -658,16 +659,16 @@ def redo(self:Annotator, *_):
 def _clear(self:Annotator, *_):
     if (self.canvas.active, self.canvas.z) in self.session.prompts: self.session.set_prompt(self.canvas.active, self.canvas.z, None); self.refresh()
 
-# %% ../nbs/12_draw.ipynb #5446d3aa
+# %% ../nbs/12_draw.ipynb #a1f7213d
 @patch
 @_sentence
 def carry(self:Annotator):
     "Carry the active object's prompt through the volume; returns the slices reached."
-    object, z, reached = self.canvas.active, self.canvas.z, []
+    object, z, reached, self.stop = self.canvas.active, self.canvas.z, [], False
     if (object,z) not in self.session.prompts: raise InputError('There is no prompt of this object on this slice to carry on: draw one first.')
     for k in self.session.carry(self.decoder, object, z):
         reached.append(k); self.say(f'slice {k} …')
-        if not self.moving: break
+        if self.stop: break
     self.say(f"carried to {len(reached)} slice{'s'*(len(reached) != 1)}" + (f', {min(reached+[z])} to {max(reached+[z])}' if reached else ''))
     self.refresh()
     return reached
@@ -675,7 +676,7 @@ def carry(self:Annotator):
 @patch
 def _on_carry(self:Annotator, *_):
     "In a thread of its own, so that drawing goes on; the same button stops it."
-    if self.moving: self.moving = False; return
+    if self.moving: self.stop = True; return
     def run():
         self.moving, self.ui['carry'].description = True, 'stop'
         try: self.carry()

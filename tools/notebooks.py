@@ -23,7 +23,7 @@ def run(path:Path, force:str='', timeout:int=1800)->float:
             own[c.id] = c.metadata.get('tags')
             c.metadata['tags'] = ['skip-execution']
         else: c.outputs = []
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
     for c in nb.cells:
         c.metadata.pop('execution', None)
         if c.get('outputs'): c.outputs = [o for o in c.outputs if not is_progress(o)]

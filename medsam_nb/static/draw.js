@@ -116,6 +116,7 @@ class Drawing {
     const {width, height} = this.image, colour = id => this.object(id)?.colour ?? '#ff9500'
     this.masks = a.panes.map(p => p.objects.map(o => ({...o, picture:paintMask(width, height, bytes(o.bits), colour(o.id))})))
     if (a.seq >= this.seq && !['box', 'line'].includes(this.drag?.kind)) this.prompts = a.prompts   // a hand is right until its last word is answered
+    if (this.answered !== a.seq) this.arrived = performance.now()
     this.answered = a.seq; this.dirty()
   }
 
@@ -399,7 +400,7 @@ class Drawing {
   measure() {                                       // for the benchmark: from the gesture to the frame that shows its answer
     for (const [seq, {t, done}] of this.started) if (seq <= this.answered) {
       this.started.delete(seq)
-      if (done && seq === this.answered) setTimeout(() => performance.measure('medsam:answer', {start:t, end:performance.now(), detail:{seq, model_ms:this.model.get('answer').model_ms}}))
+      if (done && seq === this.answered) setTimeout(() => performance.measure('medsam:answer', {start:t, end:performance.now(), detail:{seq, model_ms:this.model.get('answer').model_ms, prompt:!!this.prompt, paint_ms:performance.now()-this.arrived}}))
     }
     const mark = `medsam:slice:${this.image.z}`
     if (performance.getEntriesByName(mark).length) { const t = performance.getEntriesByName(mark).at(-1).startTime; performance.clearMarks(mark); setTimeout(() => performance.measure('medsam:slice', {start:t, end:performance.now()})) }

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DISPLAY', 'DrawCase', 'list_cases', 'guess_recipe', 'stored_slices', 'SliceEmbedder', 'model_image',
-           'check_prompt', 'Answer', 'Session', 'Canvas', 'display_windows', 'Annotator', 'annotate']
+           'check_prompt', 'Answer', 'Session', 'read_prompts', 'Canvas', 'display_windows', 'Annotator', 'annotate']
 
-# %% ../nbs/12_draw.ipynb #a8b8fd46
-import json, threading, time
-from dataclasses import dataclass
+# %% ../nbs/12_draw.ipynb #a2b7a8d8
+import json, re, threading, time, traceback
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 
@@ -20,7 +20,7 @@ import torch
 import traitlets as tr
 from fastcore.basics import patch
 
-from .core import InputError, atomic_path, work_dir
+from .core import InputError, atomic_path, home, work_dir
 from .curate import Recipe, WINDOWS, intensity_limits, rescale, resize_image, source_hash
 from .embed import EmbeddingStore, encode
 from .metrics import dsc, nsd
@@ -30,37 +30,52 @@ from .prompt import Grid, check_box, line_to_box, mask_to_box
 from .sam import load_model
 from .volume import FLAT, MEDICAL, Volume, check_pair, find_cases, image_values, label_values, read_volume, split_name, write_mask
 
-# %% ../nbs/12_draw.ipynb #a394173f
+# %% ../nbs/12_draw.ipynb #2f16c53e
 @dataclass
 class DrawCase:
     "Something to draw on: where its image is, and its label if there is one."
     name:str         # what the case picker says
     image:object     # a path, or a `Volume`
     label:object=None# a path, a `Volume`, or None
+    unit:str='mm'    # of lengths: 'px' where nobody knows the size of a pixel
     def read(self)->tuple: # the image `Volume`, and the label `Volume` or None; errors: `InputError`
-        vol = self.image if isinstance(self.image, Volume) else read_volume(self.image)
-        lab = self.label if self.label is None or isinstance(self.label, Volume) else read_volume(self.label, kind='label', plane=vol.source.plane if vol.source.plane != 'image' else None)
-        if lab is not None: check_pair(vol, lab)
-        return vol, lab
+        vol, lab = self.image if isinstance(self.image, Volume) else read_volume(self.image), self.label
+        _check_shape(vol.array)
+        vol = replace(vol, array=image_values(vol.array, 'the image'))
+        if isinstance(lab, np.ndarray): lab = _as_volume(lab, 'the label', label_values, vol)
+        elif lab is not None and not isinstance(lab, Volume): lab = read_volume(lab, kind='label', plane=vol.source.plane if vol.source.plane != 'image' else None)
+        if lab is None: return vol, None
+        check_pair(vol, lab)
+        return vol, replace(lab, array=label_values(lab.array, 'the label'))
+
+def _check_shape(a):
+    if a.ndim not in (3,4) or (a.ndim == 4 and (a.shape[-1] != 3 or a.dtype != np.uint8)):
+        raise InputError(f"The array has shape {a.shape} and dtype {a.dtype}: give (H,W), (D,H,W), or colour (H,W,3) and (D,H,W,3) as uint8. Of a 4-D image, take one volume: a[0].")
+    if not a.size: raise InputError(f"The array has shape {a.shape}: there is nothing in it.")
 
 def _as_volume(a, name, values=image_values, like=None):
     "An array as a `Volume`: (H,W), (D,H,W), (H,W,3) or (D,H,W,3)."
     a = np.asarray(a)
     if a.ndim == 2 or (a.ndim == 3 and a.shape[-1] == 3): a = a[None]
-    if a.ndim not in (3,4) or (a.ndim == 4 and (a.shape[-1] != 3 or a.dtype != np.uint8)):
-        raise InputError(f"The array has shape {a.shape} and dtype {a.dtype}: give (H,W), (D,H,W), or colour (H,W,3) and (D,H,W,3) as uint8. Of a 4-D image, take one volume: a[0].")
-    if not a.size: raise InputError(f"The array has shape {a.shape}: there is nothing in it.")
+    _check_shape(a)
     return Volume(values(a, name), (1,1,1) if like is None else like.spacing, name, source=None if like is None else like.source)
 
-# %% ../nbs/12_draw.ipynb #f337312e
+# %% ../nbs/12_draw.ipynb #f6b7ca33
 def _pictures(folder): return sorted(p for p in folder.iterdir() if p.is_file() and split_name(p)[1] in MEDICAL+FLAT and not p.name.startswith('.'))
 
 def _cases_in(folder, labels):
     "The cases of a folder: images/ and labels/, image files, or one DICOM series."
     images = folder/'images' if (folder/'images').is_dir() else folder
-    labels = labels or (folder/'labels' if (folder/'labels').is_dir() else None)
-    if labels: return [DrawCase(c.case, c.image, c.label) for c in find_cases(images, labels)]
-    return [DrawCase(split_name(p)[0], p) for p in _pictures(images)] or [DrawCase(folder.name, folder)]
+    if not _pictures(images): return [DrawCase(folder.name, images, labels)]
+    if labels is None and (folder/'labels').is_dir(): labels = folder/'labels'
+    if labels is None: return [DrawCase(split_name(p)[0], p) for p in _pictures(images)]
+    if not isinstance(labels, (str,Path)): raise InputError(f"{folder} is a folder, and the labels are one {type(labels).__name__}: give a folder of labels.")
+    found = find_cases(images, labels)
+    return [DrawCase(c.case, c.image, c.label) for c in found]+[DrawCase(split_name(p)[0], p) for p in found.unpaired if p.parent == Path(images)]
+
+def _find(path):
+    "A path as it is, or below the project folder, so that notebooks need not know where they lie."
+    return Path(path) if Path(path).exists() or not (home()/path).exists() else home()/path
 
 def list_cases(
     source=None, # folder, file, DICOM folder, `Volume` or array; None: a phantom
@@ -70,10 +85,10 @@ def list_cases(
     if source is None: return [DrawCase('Phantom', *make_phantom(2023, (24,256,256), case='Phantom'))]
     if isinstance(source, (Volume, np.ndarray)):
         vol = source if isinstance(source, Volume) else _as_volume(source, 'array')
-        lab = _as_volume(labels, 'the label', label_values, vol) if isinstance(labels, np.ndarray) else labels
-        return [DrawCase(vol.case or 'array', vol, lab)]
-    path = Path(source)
-    if not path.exists(): raise InputError(f"There is nothing at {path}. Give a folder with images/ and labels/, a folder of images, a DICOM folder, or a file.")
+        return [DrawCase(vol.case or 'array', vol, labels, 'mm' if isinstance(source, Volume) else 'px')]
+    path = _find(source)
+    if not path.exists(): raise InputError(f"There is nothing at {source}. Give a folder with images/ and labels/, a folder of images, a DICOM folder, or a file.")
+    if isinstance(labels, (str,Path)): labels = _find(labels)
     return _cases_in(path, labels) if path.is_dir() else [DrawCase(split_name(path)[0], path, labels)]
 
 # %% ../nbs/12_draw.ipynb #b1716d41
@@ -85,7 +100,7 @@ def guess_recipe(
     if a.dtype == np.uint8: return Recipe(modality='Photo')
     return Recipe(modality='CT' if a.min() < -200 else 'MR')
 
-# %% ../nbs/12_draw.ipynb #d697a09c
+# %% ../nbs/12_draw.ipynb #7cda873c
 def _same_pixels(a, b): return all(getattr(a, k) == getattr(b, k) for k in ('limits', 'low', 'high', 'size', 'fit', 'flip'))
 
 def stored_slices(
@@ -96,7 +111,7 @@ def stored_slices(
 )->tuple: # z -> (256,64,64) float32 as a function or None, and a sentence why not (or '')
     "The stored embeddings of a case, if they were made from just this."
     if store is None: return None, ''
-    store = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store)
+    store = store if isinstance(store, EmbeddingStore) else EmbeddingStore(_find(store))
     name, at = store.attrs, next((c for c in store.cases if c == case.name or c.endswith(f'_{case.name}')), None)
     if name.get('encoder_sha256') != sam.encoder_sha256: return None, 'the store is of another model'
     if at is None: return None, 'the store has no such case'
@@ -107,7 +122,7 @@ def stored_slices(
     gone, index = set(emb.missing()), {z: i for i, z in enumerate(made['z'])}
     return (lambda z: emb[index[z]] if z in index and index[z] not in gone else None), ''
 
-# %% ../nbs/12_draw.ipynb #6d6f430a
+# %% ../nbs/12_draw.ipynb #2fcf7878
 class SliceEmbedder:
     "Embeddings of a volume's slices: remembered, from a store, or encoded now, in the background if need be."
     def __init__(self,
@@ -116,7 +131,7 @@ class SliceEmbedder:
         recipe:Recipe, # what the model sees
         stored=None,   # z -> embedding or None (`stored_slices`)
         on_ready=None, # called with z when a slice that was wanted is there
-        keep:int=64    # slices kept in memory, 4 MB each
+        keep:int=32    # slices kept in memory, 4 MB each
     ):
         self.sam, self.vol, self.recipe, self.stored, self.on_ready, self.keep = sam, vol, recipe, stored, on_ready, keep
         self.grid, self.limits = Grid(vol.shape[1:], recipe.size, recipe.fit), intensity_limits(vol.array, recipe)
@@ -134,7 +149,7 @@ class SliceEmbedder:
         with self.encoding:
             if (e := self.cache.get(z)) is None:
                 e = self.cache[z] = self._load(z)
-                while len(self.cache) > self.keep: del self.cache[next(iter(self.cache))]
+                for k in [k for k in self.cache if k != z and k not in self.wanted[:1]][:max(0, len(self.cache)-self.keep)]: del self.cache[k]
             return e
 
     def want(self, z):
@@ -146,7 +161,7 @@ class SliceEmbedder:
     def close(self):
         with self.news: self.closed, self.wanted = True, []; self.news.notify()
 
-# %% ../nbs/12_draw.ipynb #39e8d25b
+# %% ../nbs/12_draw.ipynb #46462190
 def model_image(
     vol:Volume,    # (D,H,W) or (D,H,W,3)
     z:int,         # slice
@@ -178,9 +193,11 @@ def _work(self:SliceEmbedder):
     while (z := self._next()) is not None:
         try: self.get(z); error = None
         except Exception as e: error, self.wanted = e, []
-        if self.on_ready and not self.closed: self.on_ready(z, error)
+        if self.on_ready is None or self.closed: continue
+        try: self.on_ready(z, error)
+        except Exception: traceback.print_exc()   # the thread has to live on
 
-# %% ../nbs/12_draw.ipynb #a4e6b64d
+# %% ../nbs/12_draw.ipynb #88c482ec
 def check_prompt(
     prompt:dict, # {'kind':'box', 'box':[4]}, {'kind':'line', 'line':[4]} or {'kind':'points', 'points':[[2],…], 'labels':[1,0,…]}
     shape:tuple  # (H,W) of the slice
@@ -198,13 +215,15 @@ def check_prompt(
     if not isinstance(labels, (list,tuple)) or len(labels) != len(points) or not set(labels) <= {0,1}: raise InputError(f"The labels {labels!r} have to be one 0 (background) or 1 (foreground) per point; there are {len(points)}.")
     return dict(kind=kind, points=points.tolist(), labels=[int(l) for l in labels], **extra)
 
-def _ask(prompt, shape):
-    "The arguments of `Predictor.predict` for a prompt."
+def _ask(prompt, shape, spacing=(1,1)):
+    "The arguments of `Predictor.predict` for a prompt; the box of a diameter is made in millimetres."
     if prompt['kind'] == 'points': return dict(points=prompt['points'], labels=prompt['labels'])
-    return dict(box=prompt['box'] if prompt['kind'] == 'box' else line_to_box(prompt['line'], shape))
+    if prompt['kind'] == 'box': return dict(box=prompt['box'])
+    k = np.array([1, spacing[-2]/spacing[-1]]*2)
+    return dict(box=line_to_box(prompt['line']*k, (shape[0]*k[1], shape[1]))/k)
 
-# %% ../nbs/12_draw.ipynb #27feed3e
-COLOURS = ['#ff9500', '#0a84ff', '#30d158', '#ff375f', '#bf5af2', '#64d2ff', '#ffd60a', '#ac8e68']
+# %% ../nbs/12_draw.ipynb #4d6c09ef
+COLOURS = ['#ff9500', '#0a84ff', '#30d158', '#ff375f', '#bf5af2', '#64d2ff', '#ffd60a', '#ac8e68', '#00c7be', '#ff6b6b', '#8fd400', '#d0a0ff', '#5e8cff']
 
 @dataclass
 class Answer:
@@ -214,6 +233,9 @@ class Answer:
     iou:float         # the decoder's own guess
     dsc:float=None    # against the label on this slice, where there is one
     nsd:float=None    # likewise, at 1 mm
+    def __repr__(self):
+        scores = '' if self.dsc is None else f', DSC {self.dsc:.3f}, NSD {self.nsd:.3f}'
+        return f"Answer({self.prompt['kind']}, {self.mask.sum()} px, predicted IoU {self.iou:.2f}{scores})"
 
 class Session:
     "One case being drawn on: volume, objects, prompts with their history, masks."
@@ -238,27 +260,29 @@ class Session:
         self.prompts, self.past, self.future, self.answers, self.objects = {}, [], [], {}, []   # prompts: (object, z) -> prompt; never changed, only replaced
         self.settled = self.prompts   # what undo comes back to: without the gesture in progress
         ids = [int(i) for i in np.unique(self.label.array) if i] if self.label is not None else []
-        names = ORGANS if names is None and self._flare() else names or {}
-        for i in ids: self.add_object(names.get(i, f'label {i}'), i)
-        if not ids: self.add_object('object 1')
+        names = ORGANS if names is None and ids and self._flare() else names or {}
+        self.known = set(ids)
+        for i in ids or sorted(names): self.add_object(names.get(i, f'label {i}'), i)
+        if not self.objects: self.add_object('object 1')
     def _flare(self): return self.case.name.startswith(('FLARE22', 'Phantom'))
     def embedder(self, decoder): return self.embedders[self.sams[decoder].encoder_sha256]
     def ready(self, z): return all(e.ready(z) for e in self.embedders.values())
     def want(self, z):
         for e in self.embedders.values(): e.want(z)
     def close(self):
-        for e in self.embedders.values(): e.close()
+        for e in self.embedders.values(): e.close(); e.cache.clear()
     def __repr__(self): return f'Session({self.case.name!r}: {self.shape}, {len(self.objects)} objects, {len(self.prompts)} prompts)'
 
-# %% ../nbs/12_draw.ipynb #f093c5c4
+# %% ../nbs/12_draw.ipynb #21092ed0
 @patch
 def add_object(self:Session,
     name:str,   # what to call it
     id:int=None # its value in the saved mask; default the next free one
 )->int: # the id
-    "Something to segment, with a name and a colour of its own."
+    "Something to segment, with a name and a colour (there are thirteen)."
     used = {o['id'] for o in self.objects}
-    id = id or next(i for i in range(1, 65536) if i not in used)
+    id = max(used, default=0)+1 if id is None else id
+    if not 1 <= id <= 65535: raise InputError(f"The id of an object is {id}: give a whole number from 1 to 65535.")
     if id in used: raise InputError(f"There is an object with the id {id} already.")
     self.objects.append(dict(id=int(id), name=str(name).strip() or f'object {id}', colour=COLOURS[len(self.objects)%len(COLOURS)]))
     return id
@@ -273,11 +297,15 @@ def set_prompt(self:Session,
     "Put a prompt on a slice."
     if object not in {o['id'] for o in self.objects}: raise InputError(f"There is no object {object}. There are: {', '.join(str(o['id']) for o in self.objects)}.")
     if not (isinstance(z, (int,np.integer)) and 0 <= z < self.shape[0]): raise InputError(f"There is no slice {z}: the volume has slices 0 to {self.shape[0]-1}.")
-    new = {k: v for k, v in self.prompts.items() if k != (object,int(z))}
-    if prompt is not None: new[object,int(z)] = check_prompt(prompt, self.shape[1:])
-    with self.lock:
-        if remember: self.past.append(self.settled); self.future, self.settled = [], new
-        self.prompts = new
+    new = None if prompt is None else check_prompt(prompt, self.shape[1:])
+    with self.lock: self._put((object,int(z)), new, remember)
+
+@patch
+def _put(self:Session, key, prompt, remember=True):
+    "Replace all prompts by a dict with one other; a gesture in progress starts from what is settled, so it leaves nothing behind."
+    new = {k: v for k, v in self.settled.items() if k != key} | ({} if prompt is None else {key: prompt})
+    if remember and new != self.settled: self.past.append(self.settled); self.future, self.settled = [], new
+    self.prompts = self.settled if remember else new
 
 @patch
 def undo(self:Session):
@@ -297,18 +325,19 @@ def _step(self:Session, here, there):
         self.prompts = self.settled = here.pop()
     return True
 
-# %% ../nbs/12_draw.ipynb #d7b002b2
+# %% ../nbs/12_draw.ipynb #daf43b11
 @patch
 def segment(self:Session,
     decoder:str, # a key of `sams`
     object:int,  # id
-    z:int        # slice, with a prompt for the object
+    z:int,       # slice
+    prompt=None  # a checked prompt; default the one that is there
 )->Answer:
     "The mask of a prompt; asked for once, remembered until the prompt changes."
-    prompt, old = self.prompts[object,z], self.answers.get((decoder,object,z))
+    prompt, old = prompt or self.prompts[object,z], self.answers.get((decoder,object,z))
     if old is not None and old.prompt == prompt: return old
     p = Predictor(self.sams[decoder]).set_embedding(self.embedder(decoder).get(z), self.grid)
-    pred = p.predict(**_ask(prompt, self.shape[1:]))
+    pred = p.predict(**_ask(prompt, self.shape[1:], self.vol.spacing))
     a = Answer(prompt, pred.masks[0], float(pred.iou[0]))
     if self.label is not None: a.dsc, a.nsd = self._scores(a.mask, object, z)
     self.answers[decoder,object,z] = a
@@ -316,9 +345,8 @@ def segment(self:Session,
 
 @patch
 def truth(self:Session, object, z):
-    "(H,W) bool: the label of an object on a slice, or None without one."
-    if self.label is None or not (m := self.label.array[z] == object).any(): return None
-    return m
+    "(H,W) bool: the label of an object on a slice; None for an object that the label does not know."
+    return self.label.array[z] == object if object in self.known else None
 
 @patch
 def _scores(self:Session, mask, object, z):
@@ -326,6 +354,7 @@ def _scores(self:Session, mask, object, z):
     t = self.truth(object, z)
     if t is None: return None, None
     both = mask|t
+    if not both.any(): return 1., 1.
     ys, xs = np.flatnonzero(both.any(1)), np.flatnonzero(both.any(0))
     part = np.s_[ys[0]:ys[-1]+1, xs[0]:xs[-1]+1]
     return dsc(mask[part], t[part]), nsd(mask[part], t[part], tuple(self.vol.spacing[1:]), 1.)
@@ -337,11 +366,11 @@ def label_map(self:Session,
     "All masks as one label map on the grid of the volume."
     decoder = decoder or next(iter(self.sams))
     out = np.zeros(self.shape, np.uint8 if max(o['id'] for o in self.objects) < 256 else np.uint16)
-    found = [(object, z, self.segment(decoder, object, z).mask) for object, z in sorted(self.prompts)]
+    found = [(object, z, self.segment(decoder, object, z, prompt).mask) for (object, z), prompt in self.settled.items()]
     for object, z, m in sorted(found, key=lambda f: -f[2].sum()): out[z][m] = object
     return out
 
-# %% ../nbs/12_draw.ipynb #ade96f6a
+# %% ../nbs/12_draw.ipynb #59db3259
 def _alive(new, old, min_pixels, jump):
     "Is a mask a plausible continuation of its neighbour?"
     n, o = new.sum(), old.sum()
@@ -358,44 +387,53 @@ def carry(self:Session,
     jump:float=2.5     # so are masks that many times larger or smaller than the last
 ): # a generator of slices, each just done; one undo takes back the whole journey
     "Take a mask along the volume, slice by slice, for as long as it lives."
-    own, limits = self.settled, np.tile(self.shape[2:0:-1], 2)
+    limits, first = np.tile(self.shape[2:0:-1], 2), True
     for step in steps:
         old, k = self.segment(decoder, object, z).mask, z+step
-        while old.any() and 0 <= k < self.shape[0] and self.prompts.get((object,k), {'carried': True}).get('carried'):
+        while old.any() and 0 <= k < self.shape[0]:
             box = (mask_to_box(old)+np.array([-1,-1,1,1])*margin).clip(0, limits)
-            self.set_prompt(object, k, dict(kind='box', box=box.tolist(), carried=True), remember=False)
-            new = self.segment(decoder, object, k).mask
-            if not _alive(new, old, min_pixels, jump): self.set_prompt(object, k, None, remember=False); break
+            prompt = dict(kind='box', box=box.tolist(), carried=True)
+            new = self.segment(decoder, object, k, prompt).mask
             with self.lock:
-                if self.settled is own and (not self.past or self.past[-1] is not own): self.past.append(own); self.future = []
-                self.settled = self.prompts
+                at = self.settled
+                if (object,k-step) not in at or not at.get((object,k), prompt).get('carried') or not _alive(new, old, min_pixels, jump): break
+                if first: self.past.append(at); self.future, first = [], False
+                self.settled, self.prompts = at|{(object,k): prompt}, self.prompts|{(object,k): prompt}
             yield k
             old, k = new, k+step
 
-# %% ../nbs/12_draw.ipynb #7387e840
+# %% ../nbs/12_draw.ipynb #3ac8bd1e
 @patch
 def to_json(self:Session)->dict:
     "Objects and prompts, ready for `json.dump`."
-    rows = [dict(z=int(z), object=int(o), **q) for (o, z), q in sorted(self.prompts.items(), key=lambda r: (r[0][1], r[0][0]))]
+    rows = [dict(z=int(z), object=int(o), **q) for (o, z), q in sorted(self.settled.items(), key=lambda r: (r[0][1], r[0][0]))]
     return dict(format='medsam_nb prompts', version=1, case=self.case.name, shape=list(self.shape), objects=self.objects, prompts=rows)
+
+def read_prompts(
+    data # a dict, or the path of a JSON file
+)->dict: # errors: `InputError`
+    "Saved prompts, not yet checked against a volume."
+    if not isinstance(data, dict):
+        try: data = json.loads(_find(data).read_text(encoding='utf-8'))
+        except (OSError, ValueError) as e: raise InputError(f"{data} cannot be read as prompts: {e}") from None
+    if not isinstance(data, dict) or data.get('format') != 'medsam_nb prompts': raise InputError("These are not prompts of medsam_nb: the field format is missing or another.")
+    return data
 
 @patch
 def from_json(self:Session,
     data # what `to_json` gave, or the path of a file with it
 ):
     "Take over objects and prompts; all or nothing, and it can be undone."
-    if not isinstance(data, dict):
-        try: data = json.loads(Path(data).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise InputError(f"{data} cannot be read as prompts: {e}") from None
-    if not isinstance(data, dict) or data.get('format') != 'medsam_nb prompts': raise InputError("These are not prompts of medsam_nb: the field format is missing or another.")
-    if list(data.get('shape', [])) != list(self.shape): raise InputError(f"The prompts were drawn on a volume of shape {data.get('shape')}, and {self.case.name} has {list(self.shape)} (slices, rows, columns).")
+    data = read_prompts(data)
+    if data.get('shape') != list(self.shape): raise InputError(f"The prompts were drawn on a volume of shape {data.get('shape')}, and {self.case.name} has {list(self.shape)} (slices, rows, columns).")
     try:
         objects = [dict(id=int(o['id']), name=str(o['name']), colour=str(o['colour'])) for o in data['objects']]
         new = {(int(r['object']), int(r['z'])): check_prompt(r, self.shape[1:]) for r in data['prompts']}
-    except (KeyError, TypeError, ValueError) as e:
-        if isinstance(e, InputError): raise
-        raise InputError(f"These prompts are damaged: {type(e).__name__} {e}.") from None
-    ids = {o['id'] for o in objects}
+    except InputError: raise
+    except (KeyError, TypeError, ValueError) as e: raise InputError(f"These prompts are damaged: {type(e).__name__} {e}.") from None
+    ids = [o['id'] for o in objects]
+    if len(set(ids)) < len(ids) or not all(1 <= i <= 65535 for i in ids) or not all(re.fullmatch('#[0-9a-fA-F]{6}', o['colour']) for o in objects):
+        raise InputError("These prompts are damaged: object ids have to be different numbers from 1 to 65535, colours like #ff9500.")
     if (odd := [k for k in new if k[0] not in ids or not 0 <= k[1] < self.shape[0]]): raise InputError(f"A prompt belongs to object {odd[0][0]} on slice {odd[0][1]}, which is not there.")
     with self.lock:
         self.objects += [o for o in objects if o['id'] not in {p['id'] for p in self.objects}]
@@ -410,23 +448,24 @@ def save_prompts(self:Session, path, overwrite:bool=False)->Path:
 @patch
 def save_masks(self:Session, path, decoder:str=None, overwrite:bool=False)->Path:
     "Write the label map in the geometry of the scan; for a picture also as PNG."
-    if not self.prompts: raise InputError("There is nothing to save yet: draw a box first.")
+    if not self.settled: raise InputError("There is nothing to save yet: draw a box first.")
     return write_mask(self.label_map(decoder), self.vol, path, overwrite)
 
-# %% ../nbs/12_draw.ipynb #060c310e
+# %% ../nbs/12_draw.ipynb #fdd733df
 import medsam_nb
 
 class Canvas(anywidget.AnyWidget):
     "The drawing surface: a slice, prompts, masks."
     _esm = Path(medsam_nb.__file__).parent/'static'/'draw.js'
     _css = Path(medsam_nb.__file__).parent/'static'/'draw.css'
-    image, answer, gesture = (tr.Dict().tag(sync=True) for _ in range(3))
+    image, answer = tr.Dict().tag(sync=True), tr.Dict().tag(sync=True)
+    gestures = tr.List().tag(sync=True)
     objects, active = tr.List().tag(sync=True), tr.Int(0).tag(sync=True)
     z, depth, height = tr.Int(0).tag(sync=True), tr.Int(1).tag(sync=True), tr.Int(480).tag(sync=True)
     window, tool = tr.List([0., 255.]).tag(sync=True), tr.Unicode('box').tag(sync=True)
     opacity, contour, status = tr.Float(.45).tag(sync=True), tr.Bool(True).tag(sync=True), tr.Unicode('').tag(sync=True)
 
-# %% ../nbs/12_draw.ipynb #3bf4be6b
+# %% ../nbs/12_draw.ipynb #771b37ae
 def _bits(mask): return np.packbits(mask).tobytes()
 
 @patch
@@ -434,8 +473,8 @@ def picture(self:Session,
     z:int # slice
 )->dict: # z, width, height, dtype, pixels (bytes), spacing (row, column), unit, truth
     "A slice as the canvas gets it, with the true masks of its objects."
-    a, flat = np.ascontiguousarray(self.vol.array[z]), self.vol.source.plane == 'image'
-    truth = [dict(id=o['id'], bits=_bits(t)) for o in self.objects if (t := self.truth(o['id'], z)) is not None]
+    a, flat = np.ascontiguousarray(self.vol.array[z]), self.case.unit == 'px' or self.vol.source.plane == 'image' and (self.vol.spacing == 1).all()
+    truth = [dict(id=o['id'], bits=_bits(t)) for o in self.objects if (t := self.truth(o['id'], z)) is not None and t.any()]
     return dict(z=int(z), width=a.shape[1], height=a.shape[0], dtype='rgb' if a.ndim == 3 else a.dtype.name, pixels=a.tobytes(),
                 spacing=[1., 1.] if flat else [float(s) for s in self.vol.spacing[1:]], unit='px' if flat else 'mm', truth=truth)
 
@@ -446,15 +485,15 @@ def answer(self:Session,
     seq:int=0      # of the gesture that is answered
 )->dict: # what the canvas paints; masks of slices not encoded yet are left out
     "Masks, scores and prompts of a slice."
-    start, panes = time.perf_counter(), []
-    drawn = [o['id'] for o in self.objects if (o['id'],z) in self.prompts]
+    start, panes, prompts = time.perf_counter(), [], self.prompts
+    drawn = [o['id'] for o in self.objects if (o['id'],z) in prompts]
     for d in decoders:
-        found = [(i, self.segment(d, i, z)) for i in drawn] if self.embedder(d).ready(z) else []
+        found = [(i, self.segment(d, i, z, prompts[i,z])) for i in drawn] if self.embedder(d).ready(z) else []
         panes.append(dict(name=d, objects=[dict(id=i, bits=_bits(a.mask), iou=a.iou, dsc=a.dsc, nsd=a.nsd) for i, a in found]))
     spent = 1000*(time.perf_counter()-start)
-    return dict(seq=seq, z=int(z), panes=panes, prompts={str(i): self.prompts[i,z] for i in drawn}, model_ms=spent)
+    return dict(seq=seq, z=int(z), panes=panes, prompts={str(i): prompts[i,z] for i in drawn}, model_ms=spent)
 
-# %% ../nbs/12_draw.ipynb #e6a914fc
+# %% ../nbs/12_draw.ipynb #467af811
 DISPLAY = {'abdomen': (-160,240), 'liver': (-30,200), 'lung': (-1350,150), 'bone': (-450,1050), 'brain': (0,80), **{f'model ({k})': v for k, v in WINDOWS.items() if k == 'medsam'}}
 
 def display_windows(
@@ -465,8 +504,10 @@ def display_windows(
     a = vol.array
     if recipe.limits: return DISPLAY
     lo, hi = (float(np.min(v)) for v in intensity_limits(a, recipe)) if a.ndim == 3 else (0., 255.)
-    return {'as the model sees it': (lo, max(hi, lo+1)), 'all values': (float(a.min()), float(max(a.max(), a.min()+1)))}
+    whole = float(a.min()), float(a.max())
+    return {name: (l, h if h > l else l+1) for name, (l, h) in {'as the model sees it': (lo, hi), 'all values': whole}.items()}
 
+# %% ../nbs/12_draw.ipynb #e69c50ca
 def _button(icon, tip, text='', **kw): return widgets.Button(icon=icon, tooltip=tip, description=text, layout=widgets.Layout(width='auto', min_width='40px'), **kw)
 
 def _controls(self):
@@ -490,7 +531,7 @@ def _controls(self):
         overwrite=w.Checkbox(description='overwrite', value=False, indent=False, layout=auto),
         save=_button('save', 'Masks as NIfTI in the geometry of the scan, and prompts as JSON beside them', 'save'))
 
-# %% ../nbs/12_draw.ipynb #f0411055
+# %% ../nbs/12_draw.ipynb #fc217516
 def _sentence(f):
     "A callback whose errors become a sentence under the slice."
     @wraps(f)
@@ -500,6 +541,7 @@ def _sentence(f):
         except Exception as e: self.say(f'{type(e).__name__}: {e}'); raise
     return guarded
 
+# %% ../nbs/12_draw.ipynb #f4a9e483
 class Annotator(widgets.VBox):
     "The cell that segments as you draw; made by `annotate`."
     def __init__(self,
@@ -536,18 +578,23 @@ class Annotator(widgets.VBox):
     def masks(self): return self.session.label_map(self.decoder)
     @property
     def boxes(self):
-        "All boxes as a table, as `predict_volume` takes it."
-        rows = [(r['z'], r['object'], *r['box']) for r in self.prompts if r['kind'] == 'box']
+        "Boxes, and the boxes of diameters, as a table for `predict_volume` and `medsam_predict`; clicks are left out."
+        rows = [(r['z'], r['object'], *_ask(r, self.volume.shape[1:], self.volume.spacing)['box']) for r in self.prompts if r['kind'] != 'points']
         return pd.DataFrame(rows, columns=BOX_COLUMNS)
+    def close(self):
+        "Stop the threads and give the memory back; the drawing leaves the page."
+        self.stop = True
+        if self.session is not None: self.session.close()
+        super().close()
     def __repr__(self): return f'Annotator({self.session!r}, {self.decoder})'
 
-# %% ../nbs/12_draw.ipynb #72cf7f3d
+# %% ../nbs/12_draw.ipynb #03ab858a
 @patch
 def _wire(self:Annotator):
     "Connect every control with what it does."
     u, c = self.ui, self.canvas
     self.links = [widgets.jslink((u['slice'],'value'), (c,'z')), widgets.jslink((u['opacity'],'value'), (c,'opacity')), widgets.jslink((u['contour'],'value'), (c,'contour'))]
-    c.observe(self._on_slice, 'z'); c.observe(self._on_gesture, 'gesture'); c.on_msg(self._on_message)
+    c.observe(self._on_slice, 'z'); c.observe(self._on_gestures, 'gestures'); c.observe(self._on_window, 'window')
     u['case'].observe(lambda e: e.new != self.index and self.load_case(e.new), 'value')
     u['object'].observe(lambda e: self._choose(e.new), 'value')
     u['decoder'].observe(lambda e: self.refresh(), 'value')
@@ -564,10 +611,11 @@ def refresh(self:Annotator):
     with self.lock:
         s, z = self.session, self.canvas.z
         if s is None: return
+        if not s.ready(z): s.want(z)
         self.canvas.answer = s.answer(z, self.decoders, self.seq)
         self.canvas.status = self.said or ('' if s.ready(z) else 'preparing this slice …')
 
-# %% ../nbs/12_draw.ipynb #e3d5f856
+# %% ../nbs/12_draw.ipynb #0d7eb2a6
 @patch
 @_sentence
 def load_case(self:Annotator, index):
@@ -578,7 +626,8 @@ def load_case(self:Annotator, index):
     with self.lock:
         if self.session is not None: self.drawn[self.index] = self.session.to_json(); self.session.close()
         self.session, self.index = new, index
-        if index in self.drawn: new.from_json(self.drawn[index])
+        self.stop = True
+        if index in self.drawn: new.from_json(self.drawn[index]); new.past.clear()
         ids = [o['id'] for o in new.objects]
         active = 9 if 9 in ids else ids[0]
         windows = display_windows(new.vol, new.recipe)
@@ -598,25 +647,42 @@ def show(self:Annotator, z):
     "Show slice `z`, and have it and its neighbours encoded."
     with self.lock, self.canvas.hold_sync():
         self.session.want(z)
-        self.canvas.z, self.canvas.image = z, self.session.picture(z)
+        self.canvas.z, self.canvas.image = z, dict(self.session.picture(z), case=self.index)
         self.refresh()
 
 @patch
 @_sentence
 def _on_slice(self:Annotator, change):
     with self.lock:
-        if self.session is not None and self.canvas.image.get('z') != change.new: self.said = ''; self.show(min(max(change.new, 0), self.session.shape[0]-1))
+        s = self.session
+        if s is None or self.canvas.image.get('z') == change.new: return
+        self.said, s.prompts = '', s.settled   # a drag that was going on is over
+        self.show(min(max(change.new, 0), s.shape[0]-1))
+
+@patch
+def _on_gestures(self:Annotator, change):
+    "What a hand has done since we last looked, in order."
+    with self.lock:
+        for g in change.new:
+            if g.get('seq', 0) > self.seq: self.seq, self.said = g['seq'], ''; self._one(g)
+        self.refresh()
 
 @patch
 @_sentence
-def _on_gesture(self:Annotator, change):
-    "A prompt from the browser: keep it, answer it."
-    g = change.new
-    with self.lock:
-        self.seq, self.said = g.get('seq', 0), ''
-        for e in self.session.embedders.values(): e.busy()
-        self.session.set_prompt(g.get('object'), g.get('z'), g.get('prompt'), remember=bool(g.get('done')))
-        self.refresh()
+def _one(self:Annotator, g):
+    if g.get('case', self.index) != self.index: return   # drawn on a case that is no longer there
+    if g.get('step') in ('undo', 'redo'): return getattr(self, g['step'])()
+    for e in self.session.embedders.values(): e.busy()
+    self.session.set_prompt(g.get('object'), g.get('z'), g.get('prompt'), remember=bool(g.get('done')))
+
+@patch
+def set_prompt(self:Annotator,
+    object:int, # id of the object
+    z:int,      # slice
+    prompt:dict # see `check_prompt`; None takes it away
+):
+    "What a hand would have drawn."
+    with self.lock: self.session.set_prompt(object, z, prompt); self.refresh()
 
 @patch
 def _on_ready(self:Annotator, z, error):
@@ -625,9 +691,11 @@ def _on_ready(self:Annotator, z, error):
     if z == self.canvas.z: self.refresh()
 
 @patch
-def _on_message(self:Annotator, _, content, buffers): {'undo': self.undo, 'redo': self.redo}.get(content.get('type'), lambda: None)()
+def _on_window(self:Annotator, change):
+    "A window made by hand is none of the list."
+    if self.ui['window'].value and list(self.ui['window'].value) != change.new: self.ui['window'].value = None
 
-# %% ../nbs/12_draw.ipynb #d30f3f73
+# %% ../nbs/12_draw.ipynb #d5e500cd
 @patch
 def _objects(self:Annotator, active):
     "Tell picker and canvas what there is."
@@ -642,34 +710,35 @@ def _choose(self:Annotator, id):
 @patch
 @_sentence
 def _add(self:Annotator, *_):
-    self._objects(self.session.add_object(self.ui['name'].value)); self.ui['name'].value = ''
+    with self.lock: self._objects(self.session.add_object(self.ui['name'].value)); self.ui['name'].value = ''
 
 @patch
 def undo(self:Annotator, *_):
     "Take back the last gesture."
-    self.say('' if self.session.undo() else 'nothing to undo'); self.refresh()
+    with self.lock: self.say('' if self.session.undo() else 'nothing to undo'); self.refresh()
 
 @patch
 def redo(self:Annotator, *_):
     "Do it again."
-    self.say('' if self.session.redo() else 'nothing to redo'); self.refresh()
+    with self.lock: self.say('' if self.session.redo() else 'nothing to redo'); self.refresh()
 
 @patch
 @_sentence
 def _clear(self:Annotator, *_):
-    if (self.canvas.active, self.canvas.z) in self.session.prompts: self.session.set_prompt(self.canvas.active, self.canvas.z, None); self.refresh()
+    with self.lock: self.set_prompt(self.canvas.active, self.canvas.z, None)
 
-# %% ../nbs/12_draw.ipynb #a1f7213d
+# %% ../nbs/12_draw.ipynb #303a008b
 @patch
 @_sentence
 def carry(self:Annotator):
     "Carry the active object's prompt through the volume; returns the slices reached."
-    object, z, reached, self.stop = self.canvas.active, self.canvas.z, [], False
-    if (object,z) not in self.session.prompts: raise InputError('There is no prompt of this object on this slice to carry on: draw one first.')
-    for k in self.session.carry(self.decoder, object, z):
+    object, z, reached, self.stop, s = self.canvas.active, self.canvas.z, [], False, self.session
+    if (object,z) not in s.settled: raise InputError('There is no prompt of this object on this slice to carry on: draw one first.')
+    for k in s.carry(self.decoder, object, z):
+        if self.session is not s: return reached   # another case is on show
         reached.append(k); self.say(f'slice {k} …')
         if self.stop: break
-    self.say(f"carried to {len(reached)} slice{'s'*(len(reached) != 1)}" + (f', {min(reached+[z])} to {max(reached+[z])}' if reached else ''))
+    self.say(f"carried from slice {z} to {len(reached)} more" + (f': {min(reached+[z])} to {max(reached+[z])}' if reached else ''))
     self.refresh()
     return reached
 
@@ -701,7 +770,7 @@ def _on_save(self:Annotator, *_):
     masks, prompts = self.save(overwrite=self.ui['overwrite'].value)
     self.say(f'wrote {masks} and {prompts.name}')
 
-# %% ../nbs/12_draw.ipynb #efdfe770
+# %% ../nbs/12_draw.ipynb #c7203718
 def _decoders(model, checkpoint, device):
     "The pretrained model, and the fine-tuned one if there is a checkpoint; they share their image encoder where it is the same."
     sam = load_model(model, None, device) if isinstance(model, str) else model
@@ -710,6 +779,15 @@ def _decoders(model, checkpoint, device):
     tuned = load_model(sam.name, path/'best.pth' if path.is_dir() else path, device)
     if tuned.encoder_sha256 == sam.encoder_sha256: tuned.image_encoder = sam.image_encoder
     return {'pretrained': sam, 'fine-tuned': tuned}
+
+@patch
+def _take(self:Annotator, saved):
+    "Saved prompts, on the case they were drawn on."
+    names = [c.name for c in self.cases]
+    if len(names) > 1:
+        if saved.get('case') not in names: raise InputError(f"The prompts were drawn on {saved.get('case')!r}, and there is no such case here: {', '.join(names[:5])}{' …' if len(names) > 5 else ''}.")
+        self.ui['case'].value = names.index(saved['case'])
+    self.session.from_json(saved); self._objects(self.canvas.active); self.refresh()
 
 def annotate(
     source=None,        # folder, file, DICOM folder, `Volume` or array; None: a phantom
@@ -724,13 +802,16 @@ def annotate(
     height:int=480      # of the drawing surface, CSS pixels
 )->Annotator: # errors: `InputError`, shown as a sentence
     "Draw boxes on scans and see masks."
+    app = None
     try:
-        app = Annotator(list_cases(source, labels), _decoders(model, checkpoint, device), recipe, store, names, height)
+        cases, saved = list_cases(source, labels), None if prompts is None else read_prompts(prompts)
+        app = Annotator(cases, _decoders(model, checkpoint, device), recipe, store, names, height)
         if app.session is None: raise InputError(app.said)
         if checkpoint is not None: app.ui['decoder'].value = 'fine-tuned'
-        if prompts is not None: app.session.from_json(prompts); app._objects(app.canvas.active); app.refresh()
+        if saved: app._take(saved)
         return app
     except InputError as e:
+        if app is not None: app.close()
         text = str(e)
         e._render_traceback_ = lambda: [text]   # what IPython prints instead of a traceback
         raise

@@ -30,7 +30,7 @@ def s():
 def app():
     vol, lab = volume()
     app = annotate(vol, lab, model=quick(), recipe=Recipe()); yield app
-    app.session.close()
+    app.close()
 
 def wait(condition, seconds=30):
     end = time.monotonic()+seconds
@@ -39,9 +39,11 @@ def wait(condition, seconds=30):
         time.sleep(.01)
 
 class Change:
+    "What a trait's observer is given"
     def __init__(self, new): self.new = new
 
-def gesture(app, prompt=BOX, z=None, object=9, done=True, seq=1): app._on_gesture(Change(dict(seq=seq, z=app.canvas.z if z is None else z, object=object, prompt=prompt, done=done)))
+def gesture(app, prompt=BOX, z=None, object=9, done=True, seq=None, **kw):
+    app._on_gestures(Change([dict(seq=app.seq+1 if seq is None else seq, z=app.canvas.z if z is None else z, object=object, prompt=prompt, done=done, **kw)]))
 
 def bits(data, shape): return np.unpackbits(np.frombuffer(data, np.uint8))[:np.prod(shape)].reshape(shape).astype(bool)
 
@@ -97,7 +99,7 @@ def test_the_recipe_is_guessed_from_the_values():
 def test_names_of_organs_only_where_they_are_known():
     vol, lab = volume(); a = annotate(vol, lab, model=quick()); b = annotate(vol, lab, model=quick(), names={9:'cyst'})
     assert [o['name'] for o in a.session.objects] == ['label 9'] and [o['name'] for o in b.session.objects] == ['cyst']
-    a.session.close(); b.session.close()
+    a.close(); b.close()
     assert 'gallbladder' in [o['name'] for o in Session(list_cases()[0], {'p': quick()}).objects]
 
 
@@ -144,7 +146,7 @@ def test_neighbours_come_in_the_background_and_old_slices_go():
     e = SliceEmbedder(quick(), volume()[0], Recipe(), on_ready=lambda z, error: seen.append((z, error)), keep=3)
     e.want(2); wait(lambda: len(seen) == 3)
     assert seen == [(2,None), (3,None), (1,None)] and e.ready(1)
-    e.get(5); assert not e.ready(2) and e.ready(5) and len(e.cache) == 3
+    e.get(5); assert not e.ready(3) and e.ready(2) and e.ready(5) and len(e.cache) == 3
     e.close()
 
 def test_neighbours_wait_while_somebody_draws():
@@ -195,9 +197,11 @@ def test_a_drag_is_one_step_back(s):
     assert s.undo() and s.prompts[9,1] == BOX and s.undo() and s.prompts == {} and s.redo() and s.redo() and s.prompts[9,1]['box'][0] == 25
 
 def test_objects(s):
-    assert s.add_object('cyst') == 1 and s.add_object('', 300) == 300 and [o['name'] for o in s.objects] == ['label 9', 'cyst', 'object 300']
+    assert s.add_object('cyst') == 10 and s.add_object('', 300) == 300 and [o['name'] for o in s.objects] == ['label 9', 'cyst', 'object 300']
     assert len({o['colour'] for o in s.objects}) == 3
     with pytest.raises(InputError, match='already'): s.add_object('again', 9)
+    for bad in (0, -1, 70000):
+        with pytest.raises(InputError, match='from 1 to 65535'): s.add_object('bad', bad)
     with pytest.raises(InputError, match='no object 77'): s.set_prompt(77, 0, BOX)
     for z in (-1, 6, 1.5, None):
         with pytest.raises(InputError, match='no slice'): s.set_prompt(9, z, BOX)
@@ -226,10 +230,10 @@ class Discs:
     "Stands in for a session's decoder: discs whose radius depends on the slice"
     def __init__(self, s, radii):
         self.s, self.boxes = s, {}
-        def segment(decoder, object, z):
+        def segment(decoder, object, z, prompt=None):
             from medsam_nb.draw import Answer
-            self.boxes[z] = s.prompts[object,z]['box']
-            return Answer(s.prompts[object,z], disc((64,80), 30, 34, radii[z]) if radii[z] else np.zeros((64,80), bool), .9)
+            prompt = prompt or s.prompts[object,z]; self.boxes[z] = prompt['box']
+            return Answer(prompt, disc((64,80), 30, 34, radii[z]) if radii[z] else np.zeros((64,80), bool), .9)
         s.segment = segment
 
 @pytest.mark.parametrize('radii,reached', [([9,10,12,12,11,9], [3,4,5,1,0]), ([0,10,12,12,3,9], [3,1]), ([9,9,12,0,11,9], [1,0]), ([9,2,12,12,30,9], [3])])
@@ -246,7 +250,7 @@ def test_what_was_drawn_by_hand_is_never_overwritten(s):
     Discs(s, [9]*6); s.set_prompt(9, 2, BOX); s.set_prompt(9, 4, BOX)
     assert list(s.carry('pretrained', 9, 2)) == [3,1,0] and s.prompts[9,4] == BOX
     assert list(s.carry('pretrained', 9, 2)) == [3,1,0]                     # its own it may draw again
-    s.set_prompt(9, 3, BOX); assert list(s.carry('pretrained', 9, 2)) == [1,0]
+    s.set_prompt(9, 3, BOX); assert list(s.carry('pretrained', 9, 2)) == [1,0] and s.prompts[9,3] == BOX
 
 def test_a_journey_that_is_broken_off_keeps_what_it_reached(s):
     Discs(s, [9]*6); s.set_prompt(9, 2, BOX)
@@ -272,22 +276,22 @@ def test_saved_masks_lie_where_the_scan_lies(tmp_path):
     prompts.unlink()
     with pytest.raises(InputError, match='exists already'): app.save(tmp_path/'out.nii.gz')
     assert not prompts.exists() and app.save(tmp_path/'out.nii.gz', overwrite=True)[1].exists()
-    app.session.close()
+    app.close()
 
 def test_a_picture_is_saved_as_png(tmp_path):
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (40,50), dtype=np.uint8)).save(tmp_path/'a.png')
     app = annotate(tmp_path/'a.png', model=quick())
     assert app.ui['path'].value.endswith('a_mask.png') and app.ui['slice'].layout.display == 'none' and app.session.picture(0)['unit'] == 'px'
     app.session.set_prompt(1, 0, dict(kind='box', box=[5.,5.,40.,30.])); mask, _ = app.save(tmp_path/'m.png')
-    assert np.array_equal(np.asarray(Image.open(mask)), app.masks[0]); app.session.close()
+    assert np.array_equal(np.asarray(Image.open(mask)), app.masks[0]); app.close()
 
 def test_prompts_come_back(tmp_path, app):
     app.session.add_object('cyst'); vol, lab = volume()
-    for o, z, p in ((9,1,BOX), (1,2,dict(kind='line', line=[20.,20.,50.,40.])), (1,3,dict(kind='points', points=[[30.,30.]], labels=[1]))): app.session.set_prompt(o, z, p)
+    for o, z, p in ((9,1,BOX), (10,2,dict(kind='line', line=[20.,20.,50.,40.])), (10,3,dict(kind='points', points=[[30.,30.]], labels=[1]))): app.session.set_prompt(o, z, p)
     app.session.save_prompts(tmp_path/'p.json')
     for again in (tmp_path/'p.json', str(tmp_path/'p.json'), json.loads((tmp_path/'p.json').read_text())):
         b = annotate(vol, lab, model=quick(), recipe=Recipe(), prompts=again)
-        assert b.prompts == app.prompts and b.session.objects == app.session.objects and np.array_equal(b.masks, app.masks); b.session.close()
+        assert b.prompts == app.prompts and b.session.objects == app.session.objects and np.array_equal(b.masks, app.masks); b.close()
 
 @pytest.mark.parametrize('change,match', [(dict(format='x'), 'not prompts of medsam_nb'), (dict(shape=[1,2,3]), 'drawn on a volume of shape'), (dict(prompts=[dict(z=1)]), 'damaged'),
     (dict(prompts=[dict(z=99, object=9, **BOX)]), 'not there'), (dict(prompts=[dict(z=1, object=5, **BOX)]), 'not there'), (dict(prompts=[dict(z=1, object=9, kind='box', box=[5,5,1,1])]), 'inverted'), (dict(objects=3), 'damaged')])
@@ -316,7 +320,7 @@ def test_a_gesture_before_the_embedding_is_answered_later():
     app.show(app.canvas.z); gesture(app, seq=3)
     assert app.canvas.answer['panes'][0]['objects'] == [] and 'preparing' in app.canvas.status and app.canvas.answer['prompts'] == {'9': BOX}
     go.set(); wait(lambda: app.canvas.answer['panes'][0]['objects'])
-    assert app.canvas.answer['seq'] == 3 and app.canvas.status == ''; app.session.close()
+    assert app.canvas.answer['seq'] == 3 and app.canvas.status == ''; app.close()
 
 def test_a_bad_gesture_becomes_a_sentence_and_changes_nothing(app):
     wait(lambda: app.session.ready(app.canvas.z)); gesture(app); before = app.session.prompts
@@ -330,13 +334,13 @@ def test_slices_cases_and_what_was_drawn(tmp_path):
     app.canvas.z = 3; assert app.canvas.image['z'] == 3 and np.array_equal(np.frombuffer(app.canvas.image['pixels'], np.int16).reshape(64,80), app.volume.array[3])
     gesture(app); app.ui['case'].value = 1
     assert app.volume.case == 'b' and app.prompts == []
-    app.ui['case'].value = 0; assert app.volume.case == 'a' and len(app.prompts) == 1; app.session.close()
+    app.ui['case'].value = 0; assert app.volume.case == 'a' and len(app.prompts) == 1; app.close()
 
 def test_a_case_that_cannot_be_read_is_told_and_the_old_one_stays(tmp_path):
     images, _ = raw(tmp_path, ['a','b'])
     app = annotate(tmp_path, model=quick(), recipe=Recipe()); (images/'b_0000.nii.gz').write_bytes(b'no'); gesture(app)
     app.ui['case'].value = 1
-    assert 'b_0000.nii.gz' in app.canvas.status and app.volume.case == 'a' and len(app.prompts) == 1 and app.ui['case'].value == 0; app.session.close()
+    assert 'b_0000.nii.gz' in app.canvas.status and app.volume.case == 'a' and len(app.prompts) == 1 and app.ui['case'].value == 0; app.close()
 
 def test_two_decoders(tmp_path):
     import torch
@@ -351,7 +355,7 @@ def test_two_decoders(tmp_path):
     for view in app.views:
         app.ui['decoder'].value = view
         for p in app.canvas.answer['panes']: seen.setdefault(p['name'], []).append(p['objects'][0]['bits'])
-    assert set(seen) == {'pretrained','fine-tuned'} and all(len(set(v)) == 1 and len(v) == 2 for v in seen.values()) and seen['pretrained'][0] != seen['fine-tuned'][0]; app.session.close()
+    assert set(seen) == {'pretrained','fine-tuned'} and all(len(set(v)) == 1 and len(v) == 2 for v in seen.values()) and seen['pretrained'][0] != seen['fine-tuned'][0]; app.close()
 
 def test_buttons(app, tmp_path):
     wait(lambda: app.session.ready(app.canvas.z)); gesture(app)
@@ -360,8 +364,8 @@ def test_buttons(app, tmp_path):
     app.ui['redo'].click(); assert len(app.prompts) == 1
     app.ui['clear'].click(); assert app.prompts == []
     app.ui['clear'].click(); app.ui['save'].click(); assert 'nothing to save' in app.canvas.status
-    app._on_message(None, dict(type='undo'), []); assert len(app.prompts) == 1
-    app.ui['name'].value = 'cyst'; app.ui['add'].click(); assert app.canvas.active == 1 and app.ui['object'].value == 1 and app.canvas.objects[-1]['name'] == 'cyst'
+    app._on_gestures(Change([dict(seq=app.seq+1, step='undo', done=True)])); assert len(app.prompts) == 1
+    app.ui['name'].value = 'cyst'; app.ui['add'].click(); assert app.canvas.active == 10 and app.ui['object'].value == 10 and app.canvas.objects[-1]['name'] == 'cyst'
     app.ui['object'].value = 9; assert app.canvas.active == 9
     app.ui['path'].value = str(tmp_path/'m.nii.gz'); app.ui['save'].click(); assert 'wrote' in app.canvas.status and (tmp_path/'m.prompts.json').exists()
     app.ui['save'].click(); assert 'exists already' in app.canvas.status
@@ -369,8 +373,8 @@ def test_buttons(app, tmp_path):
 
 def test_the_carry_button_works_in_its_own_thread(app):
     app.session.embedder('pretrained').get(app.canvas.z); Discs(app.session, [9]*6); gesture(app, z=2); app.canvas.z = 2
-    app.ui['carry'].click(); wait(lambda: app.ui['carry'].description == 'carry on' and 'carried to' in app.canvas.status)
-    assert app.canvas.status == 'carried to 5 slices, 0 to 5' and len(app.prompts) == 6
+    app.ui['carry'].click(); wait(lambda: app.ui['carry'].description == 'carry on' and 'carried from' in app.canvas.status)
+    assert app.canvas.status == 'carried from slice 2 to 5 more: 0 to 5' and len(app.prompts) == 6
     app.ui['clear'].click(); app.canvas.active = 9; app.ui['carry'].click(); wait(lambda: 'draw one first' in app.canvas.status)
 
 def test_many_threads_at_once(app):
@@ -378,11 +382,107 @@ def test_many_threads_at_once(app):
     errors = []
     def work(k):
         try:
-            for i in range(10): gesture(app, dict(kind='box', box=[10.+k,10.+i,50.,50.]), z=(k+i)%6, seq=100*k+i)
+            for i in range(10):
+                app.session.set_prompt(9, (k+i)%6, dict(kind='box', box=[10.+k,10.+i,50.,50.])); app.refresh()
+                app.undo(); app.redo(); app.masks
         except Exception as e: errors.append(e)
     threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
     for t in threads: t.start()
     for z in (1,4,2,5,0): app.canvas.z = z
     for t in threads: t.join()
-    assert not errors and len(app.session.past) == 40 and app.masks.shape == (6,64,80)
+    assert not errors and app.masks.shape == (6,64,80) and app.session.prompts is app.session.settled
     app.refresh(); assert app.canvas.answer['prompts'] == {str(o): p for (o, z), p in app.session.prompts.items() if z == app.canvas.z}
+
+
+# ---- what went wrong once ----
+def test_a_drag_taken_back_leaves_nothing(app):
+    gesture(app, done=False); gesture(app, dict(kind='box', box=[1.,1.,60.,60.]), done=False); gesture(app, None)
+    assert app.session.prompts == app.session.settled == {} and app.session.past == []
+    gesture(app); gesture(app, dict(kind='box', box=[1.,1.,60.,60.]), done=False); assert app.prompts[0]['box'] == BOX['box'] and not app.session.prompts == app.session.settled
+    app.canvas.z = (app.canvas.z+1)%6; assert app.session.prompts == app.session.settled       # another slice ends a drag
+
+def test_the_same_again_is_no_step(s):
+    s.set_prompt(9, 1, BOX); s.set_prompt(9, 1, BOX); assert len(s.past) == 1 and s.undo() and s.set_prompt(9, 2, None) is None and s.redo()
+
+def test_gestures_come_once_in_order_and_to_their_case(tmp_path):
+    app = annotate(raw(tmp_path, ['a','b'])[0].parent, model=quick(), recipe=Recipe()); g = lambda seq, z, case=0, **kw: dict(seq=seq, case=case, z=z, object=9, prompt=BOX, done=True)|kw
+    app._on_gestures(Change([g(1,0), g(2,1), g(3,2,step='undo')])); assert [p['z'] for p in app.prompts] == [0]
+    app._on_gestures(Change([g(2,1), g(3,2,step='undo'), g(4,3)])); assert [p['z'] for p in app.prompts] == [0,3]   # sent again, done once
+    app.ui['case'].value = 1; app._on_gestures(Change([g(5,2,case=0)])); assert app.prompts == [] and app.canvas.answer['seq'] == 5 and app.canvas.image['case'] == 1
+    app.close()
+
+def test_undo_after_coming_back_does_not_empty_a_case(tmp_path):
+    app = annotate(raw(tmp_path, ['a','b'])[0].parent, model=quick(), recipe=Recipe()); gesture(app); app.ui['case'].value = 1; app.ui['case'].value = 0
+    app.undo(); assert len(app.prompts) == 1; app.close()
+
+def test_prompts_go_to_the_case_they_were_drawn_on(tmp_path):
+    images, _ = raw(tmp_path, ['a','b']); app = annotate(tmp_path, model=quick(), recipe=Recipe()); app.ui['case'].value = 1; gesture(app); saved = app.session.to_json(); app.close()
+    b = annotate(tmp_path, model=quick(), recipe=Recipe(), prompts=saved); assert b.volume.case == 'b' and len(b.prompts) == 1; b.close()
+    with pytest.raises(InputError, match='no such case'): annotate(tmp_path, model=quick(), recipe=Recipe(), prompts=dict(saved, case='c'))
+
+def test_undo_while_the_worker_answers_does_not_kill_it(app):
+    e = app.session.embedders[quick().encoder_sha256]; wait(lambda: all(e.ready(z) for z in (app.canvas.z, app.canvas.z+1)))
+    said = []; e.on_ready = lambda z, error: (said.append(z), 1/0)
+    e.cache.clear(); e.want(0); wait(lambda: 0 in said); e.want(5); wait(lambda: 5 in said)
+
+def test_the_slice_on_screen_is_never_forgotten():
+    e = SliceEmbedder(quick(), volume()[0], Recipe(), keep=2); e.want(0); wait(lambda: e.ready(0) and e.ready(1))
+    for z in (2,3,4,5): e.get(z)
+    assert e.ready(0) and e.ready(5) and len(e.cache) == 2; e.close()
+
+@pytest.mark.parametrize('dtype', [np.float64, np.int64, bool, np.uint16, np.int32, np.float32])
+def test_volumes_of_any_number_type(dtype):
+    a = annotate(Volume((np.random.default_rng(0).random((2,32,40))*3).astype(dtype), (1,1,1), 'v'), model=quick())
+    assert a.canvas.image['dtype'] in ('uint8','int16','uint16','int32','float32') and len(a.canvas.image['pixels']) == 32*40*np.dtype(a.canvas.image['dtype']).itemsize; a.close()
+
+def test_volumes_that_cannot_be_shown():
+    for bad in (np.full((2,8,8), np.nan), np.zeros((2,8,8,5), np.uint8)):
+        with pytest.raises(InputError): annotate(Volume(bad, (1,1,1)), model=quick())
+
+def test_small_values_fill_the_window():
+    from medsam_nb.draw import display_windows
+    v = Volume(np.random.default_rng(0).random((1,32,32)).astype(np.float32)*.003, (1,1,1)); lo, hi = next(iter(display_windows(v, Recipe(modality='MR')).values())); assert 0 <= lo < hi <= .003
+
+def test_array_labels_with_files(tmp_path):
+    img, lab = scan(); save(tmp_path/'i'/'a.nii.gz', img); a = annotate(tmp_path/'i'/'a.nii.gz', lab, model=quick()); assert 9 in a.session.known; a.close()
+    with pytest.raises(InputError, match='give a folder of labels'): annotate(tmp_path/'i', lab, model=quick())
+
+@pytest.mark.parametrize('objects', [[dict(id=70000, name='a', colour='#ff9500')], [dict(id=0, name='a', colour='#ff9500')], [dict(id=2, name='a', colour='red')], [dict(id=2, name='a', colour='#ff9500')]*2])
+def test_objects_out_of_a_file_are_checked(s, objects):
+    with pytest.raises(InputError, match='damaged'): s.from_json(dict(s.to_json(), objects=objects))
+    with pytest.raises(InputError, match='drawn on a volume'): s.from_json(dict(s.to_json(), shape=5))
+
+def test_images_without_a_label_are_in_the_list_too(tmp_path):
+    images, labels = raw(tmp_path, ['a','b']); (labels/'b.nii.gz').unlink()
+    with pytest.warns(UserWarning, match='no partner'): cases = list_cases(tmp_path)
+    assert sorted((c.name, c.label is None) for c in cases) == [('a',False), ('b_0000',True)]
+
+def test_names_without_labels():
+    a = annotate(volume()[0], model=quick(), names={4:'gallbladder', 7:'cyst'}); assert [(o['id'], o['name']) for o in a.session.objects] == [(4,'gallbladder'), (7,'cyst')]; a.close()
+
+def test_a_diameter_is_measured_in_millimetres():
+    from medsam_nb.draw import _ask
+    b = _ask(dict(kind='line', line=[10.,20.,30.,20.]), (64,80), (5,1))['box']; flat = line_to_box([10,20,30,20], (64,80))
+    assert np.allclose(b[[0,2]], flat[[0,2]]) and np.isclose((b[3]-b[1])*5, flat[3]-flat[1])
+
+def test_a_mask_where_the_organ_is_not_scores_zero():
+    img, lab = scan(shape=(3,64,80), zs=[0]); s = Session(DrawCase('a', Volume(img, (3,1,1)), Volume(lab, (3,1,1))), {'p': quick()}, Recipe())
+    s.set_prompt(9, 2, BOX); a = s.segment('p', 9, 2); assert a.dsc == (0 if a.mask.any() else 1) and s.picture(2)['truth'] == []
+    s.add_object('cyst'); s.set_prompt(10, 0, BOX); assert s.segment('p', 10, 0).dsc is None; s.close()
+
+def test_a_journey_stops_when_its_slice_is_taken_away(s):
+    Discs(s, [9]*6); s.set_prompt(9, 2, BOX)
+    for k in s.carry('pretrained', 9, 2):
+        if k == 3: s.undo()
+    assert s.prompts == {(9,2): BOX} or set(s.prompts) == {(9,2), (9,1), (9,0)}
+
+def test_a_window_by_hand_is_none_of_the_list(app):
+    app.canvas.window = [1., 2.]; assert app.ui['window'].value is None
+    app.ui['window'].value = app.ui['window'].options[0][1]; assert app.canvas.window == list(app.ui['window'].options[0][1])
+
+def test_closing_stops_the_threads():
+    vol, lab = volume(); app = annotate(vol, lab, model=quick(), recipe=Recipe()); e = app.session.embedders[quick().encoder_sha256]; wait(lambda: e.ready(app.canvas.z)); app.close()
+    assert e.closed and not e.cache; wait(lambda: sum(t.name == 'medsam_nb embeddings' and t.is_alive() for t in threading.enumerate()) <= threading.active_count()-1)
+
+def test_a_path_may_start_at_the_project(home):
+    raw(home/'data'/'x', ['a']); assert [c.name for c in list_cases('data/x')] == ['a']

@@ -66,9 +66,9 @@ def visit(browser, server, name, *cells, app='lab', **context):
     nb = Notebook(page, server, server.notebook(name, *cells), app); nb.run()
     return nb
 
-@pytest.fixture(scope='module')
-def opened(browser, server):
-    nb = visit(browser, server, 'one', 'from medsam_nb.draw import annotate', 'app = annotate()\napp'); yield nb
+@pytest.fixture(scope='module', params=['lab', 'notebook'])
+def opened(browser, server, request):
+    nb = visit(browser, server, f'one_{request.param}', 'from medsam_nb.draw import annotate', 'app = annotate()\napp', app=request.param); yield nb
     assert not nb.complaints, nb.complaints
     nb.page.context.close()
 
@@ -76,7 +76,7 @@ def opened(browser, server):
 def cell(opened):
     "The cell of a notebook that stays open, as it was at first"
     c = Cell(opened)
-    opened.python("s = app.session; s.prompts = s.settled = {}; s.past, s.future = [], []; app.say(''); app.ui['tool'].value = 'box'; app.ui['object'].value = 9; app.ui['opacity'].value = .45; app.ui['slice'].value = 9; app.show(9)")
+    opened.python("s = app.session; s.prompts = s.settled = {}; s.past, s.future = [], []; app.stop = True; app.say(''); app.ui['window'].value = app.ui['window'].options[0][1]; app.ui['tool'].value = 'box'; app.ui['object'].value = 9; app.ui['opacity'].value = .45; app.ui['slice'].value = 9; app.show(9)")
     c.js("d => { d.fit(); d.ruler = null }"); c.page.wait_for_function("() => { const d = document.querySelector('.medsam-draw').medsam; return d.image.z === 9 && !Object.keys(d.prompts).length && d.model.get('tool') === 'box' }"); c.settle()
     return c
 
@@ -152,11 +152,11 @@ def test_every_control_is_reached_by_tab(cell):
     for want in ('CANVAS Slice', 'Undo', 'Redo', 'Remove', 'Use this box', 'Masks as NI', 'SELECT', 'checkbox'): assert want in names, (want, names)
 
 def test_wheel_and_slider(cell):
-    cell.page.mouse.move(*cell.screen(128,128)); cell.page.mouse.wheel(0, 120); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 12"); cell.settle()
-    assert cell.nb.ask('[app.canvas.z, app.ui["slice"].value, app.canvas.image["z"]]') == [12,12,12] and 'slice 12 ' in cell.caption
-    cell.page.mouse.wheel(0, -40); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 11")
-    h = cell.page.locator('.widget-slider .noUi-handle').first; h.focus(); cell.page.keyboard.press('ArrowRight'); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 12")
-    got = cell.js("d => Array.from(d.data)"); assert np.array_equal(np.array(got).reshape(256,256), np.array(cell.nb.ask('app.volume.array[12].tolist()')))
+    cell.page.mouse.move(*cell.screen(128,128)); cell.page.mouse.wheel(0, 120); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 10"); cell.settle()
+    assert cell.nb.ask('[app.canvas.z, app.ui["slice"].value, app.canvas.image["z"]]') == [10,10,10] and 'slice 10 ' in cell.caption
+    cell.page.mouse.wheel(0, -40); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 9")
+    h = cell.page.locator('.widget-slider .noUi-handle').first; h.focus(); cell.page.keyboard.press('ArrowRight'); cell.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam.image.z === 10")
+    got = cell.js("d => Array.from(d.data)"); assert np.array_equal(np.array(got).reshape(256,256), np.array(cell.nb.ask('app.volume.array[10].tolist()')))
 
 def test_each_slice_keeps_its_prompt(cell):
     cell.box(GALL); first = cell.mask(); cell.page.keyboard.press('PageDown'); cell.said('slice 10 '); cell.settle(); assert cell.prompts == {} and cell.mask() is None
@@ -187,6 +187,26 @@ def test_a_recist_diameter(cell):
     assert f'diameter {mm:.0f} mm' in cell.caption and np.array_equal(cell.mask(), cell.kernel() == 9) and cell.mask().any()
     cell.drag(line[2:], (86,100)); cell.settle(); assert np.abs(np.array(cell.prompts['9']['line'][2:])-[86,100]).max() < .6 and cell.prompts['9']['line'][:2] == line[:2]
 
+def test_a_diameter_and_points_by_keyboard(cell):
+    cell.tool('diameter'); cell.page.locator('.medsam-draw canvas').focus(); cell.page.keyboard.press('Enter'); cell.settle(); assert cell.prompts['9']['line'] == [96,128,160,128]
+    cell.page.keyboard.press('ArrowDown'); cell.page.keyboard.press('Alt+Shift+ArrowLeft'); cell.settle(); assert cell.prompts['9']['line'] == [96,129,150,129]
+    cell.page.keyboard.press('Escape'); cell.settle(); cell.tool('+ point'); cell.page.locator('.medsam-draw canvas').focus(); cell.page.keyboard.press('Enter'); cell.page.keyboard.press('Shift+ArrowUp'); cell.settle()
+    assert cell.prompts['9']['points'] == [[128,118]] and cell.nb.ask('app.prompts[0]["points"]') == [[128,118]]
+
+def test_a_drag_back_to_nothing_and_escape(cell):
+    cell.box(GALL); b = cell.prompts; m = cell.page.mouse
+    cell.drag((150,150), (190,190), up=False); m.move(*cell.screen(150,150), steps=4); m.up(); cell.settle(); assert cell.prompts == b and cell.nb.ask('len(app.session.past)') == 1
+    cell.drag((150,150), (190,190), up=False); cell.page.keyboard.press('Escape'); m.up(); cell.settle(); assert cell.prompts == b and cell.nb.ask('len(app.session.past)') == 1
+
+def test_the_wheel_waits_while_a_box_is_drawn(cell):
+    cell.drag((150,150), (190,190), up=False); cell.page.mouse.wheel(0, 120); cell.page.wait_for_timeout(200); cell.page.mouse.up(); cell.settle()
+    assert cell.nb.ask('[p["z"] for p in app.prompts]') == [9] and cell.js("d => d.image.z") == 9
+
+def test_nothing_is_lost_while_the_kernel_is_busy(cell):
+    cell.nb.python("import threading, time\ndef hold():\n    with app.lock: time.sleep(1.5)\nthreading.Thread(target=hold).start(); time.sleep(.1)")
+    cell.drag(GALL[:2], GALL[2:]); cell.drag((150,150), (190,190)); cell.page.keyboard.press('Control+z'); cell.settle()
+    assert cell.nb.ask('len(app.session.past)') == 1 and np.abs(np.array(cell.prompts['9']['box'])-GALL).max() < .6
+
 def test_the_ruler_changes_nothing(cell):
     cell.tool('ruler'); cell.drag((50,50), (90,80)); assert np.isclose(cell.js("d => parseFloat(d.length(d.ruler))"), 50*cell.nb.ask('float(app.volume.spacing[1])'), atol=1) and cell.nb.ask('app.prompts') == []
 
@@ -196,7 +216,7 @@ def test_several_objects(cell):
     k = cell.kernel(); assert {1,9} <= set(np.unique(k)) and cell.mask(1).sum() >= (k == 1).sum() and np.array_equal(cell.mask(9), k == 9)
 
 def test_carrying_and_undo(cell):
-    cell.box(GALL); cell.button('Use this box'); cell.said('carried to', 120_000); n = len(cell.nb.ask('app.prompts')); assert n > 6
+    cell.box(GALL); cell.button('Use this box'); cell.said('carried from', 120_000); n = len(cell.nb.ask('app.prompts')); assert n > 6
     truth, mask = (np.array(cell.nb.ask(f'({o} == 9).any((1,2)).tolist()')) for o in ('app.session.label.array', 'app.masks'))
     assert (mask&truth).sum() >= .8*truth.sum() and (mask&~truth).sum() <= 3
     cell.button('Undo'); cell.page.wait_for_timeout(400); assert len(cell.nb.ask('app.prompts')) == 1
@@ -209,8 +229,8 @@ def test_saving(cell, tmp_path):
     cell.button('Masks as NIfTI'); cell.said('exists already'); data = json.loads((tmp_path/'ünï mask.prompts.json').read_text()); assert data['prompts'][0]['box'] == cell.prompts['9']['box']
 
 def test_what_a_screen_reader_hears(cell):
-    cell.box(GALL); role = cell.page.locator('.medsam-caption'); assert role.get_attribute('aria-live') == 'polite' and 'Enter makes a box' in cell.page.locator('.medsam-draw canvas').get_attribute('aria-label')
-    t = role.inner_text(); assert all(w in t for w in ('slice 9', 'gallbladder', 'box', 'DSC'))
+    cell.box(GALL); role = cell.page.locator('.medsam-spoken'); assert role.get_attribute('aria-live') == 'polite' and 'Enter makes a box' in cell.page.locator('.medsam-draw canvas').get_attribute('aria-label')
+    t = role.text_content(); assert all(w in t for w in ('slice 9', 'gallbladder', 'box', 'DSC'))
 
 def test_a_wrong_prompt_is_told_in_the_cell(cell):
     cell.js("d => d.draft({kind:'box', box:[9,9,1,1]}, true)"); cell.said('inverted'); assert cell.nb.ask('app.prompts') == []

@@ -2,9 +2,9 @@
 //
 // Coordinates on the wire are image pixels, continuous: pixel (0,0) covers 0..1, so a box round it is [0,0,1,1].
 // To the browser: `image` {z,width,height,dtype,pixels,spacing,unit,truth}, `answer` {seq,z,panes,prompts}, and plain settings.
-// From the browser: `gesture` {seq,z,object,prompt,done}, `z`, `window`, `active`, and messages {type:'undo'|'redo'}.
+// From the browser: `gestures` [{seq,case,z,object,prompt,done} or {seq,case,step:'undo'|'redo',done}], `z`, `window`.
 // A prompt is {kind:'box', box:[x0,y0,x1,y1]}, {kind:'line', line:[x0,y0,x1,y1]}, {kind:'points', points:[[x,y],…], labels:[1,0,…]} or null.
-// `model` needs get, set, save_changes, on, off and send, no more: a static page can bring its own.
+// `model` needs get, set, save_changes, on and off, no more: a static page can bring its own.
 
 const HANDLE = 9, TOUCH = 18                        // CSS pixels within which a handle is hit
 const clamp = (v, lo, hi) => Math.min(Math.max(v, lo), hi)
@@ -66,20 +66,32 @@ function shifted([x0, y0, x1, y1], dx, dy, w, h) {
   return [x0+dx, y0+dy, x1+dx, y1+dy].map(round)
 }
 
+function nudged(q, dx, dy, end, w, h) {             // moved by keys; with `end` only the last corner, end or point
+  if (q.kind === 'points') {
+    const [x, y] = q.points.at(-1), now = [clamp(x+dx, 0, w), clamp(y+dy, 0, h)].map(round)
+    return {kind:'points', points:[...q.points.slice(0, -1), now], labels:q.labels}
+  }
+  const [a, b, c, d] = q[q.kind]
+  if (q.kind === 'box') return {kind:'box', box:end ? [a, b, clamp(c+dx, a+2, w), clamp(d+dy, b+2, h)].map(round) : shifted(q.box, dx, dy, w, h)}
+  const far = [clamp(c+dx, 0, w), clamp(d+dy, 0, h)], near = end ? [a, b] : [clamp(a+dx, 0, w), clamp(b+dy, 0, h)]
+  return Math.hypot(far[0]-near[0], far[1]-near[1]) < 2 ? q : {kind:'line', line:[...near, ...far].map(round)}
+}
+
 // ---- the widget ----
 class Drawing {
   constructor(model, el) {
     this.model = model; this.base = null; this.data = null; this.masks = []; this.truth = []
-    this.prompts = {}; this.seq = 0; this.started = new Map(); this.zoom = 1; this.pan = [0, 0]; this.pointers = new Map(); this.drag = null; this.ruler = null
+    this.prompts = {}; this.seq = 0; this.queue = []; this.started = new Map(); this.zoom = 1; this.pan = [0, 0]; this.pointers = new Map(); this.drag = null; this.ruler = null
     el.classList.add('medsam-draw')
     this.root = document.createElement('div'); this.root.className = 'medsam-frame'; el.append(this.root)
     this.canvas = document.createElement('canvas')
     Object.assign(this.canvas, {tabIndex:0})
     this.canvas.setAttribute('role', 'application'); this.canvas.setAttribute('data-lm-suppress-shortcuts', 'true')
-    this.canvas.setAttribute('aria-label', 'Slice viewer. Enter makes a box, arrows move it, Alt and arrows resize it, Shift takes bigger steps, Escape removes it, Page up and Page down change the slice.')
-    this.caption = document.createElement('div'); this.caption.className = 'medsam-caption'
-    this.caption.setAttribute('role', 'status'); this.caption.setAttribute('aria-live', 'polite')
-    this.root.append(this.canvas, this.caption)
+    this.canvas.setAttribute('aria-label', 'Slice viewer. Enter makes a box, a diameter or a point, arrows move it, Alt and arrows resize it, Shift takes bigger steps, Escape removes it, Page up and Page down change the slice.')
+    this.busy = document.createElement('progress'); this.busy.className = 'medsam-busy'; this.busy.setAttribute('aria-label', 'preparing this slice')
+    this.caption = document.createElement('div'); this.caption.className = 'medsam-caption'; this.caption.setAttribute('aria-hidden', 'true')
+    this.spoken = document.createElement('div'); this.spoken.className = 'medsam-spoken'; this.spoken.setAttribute('role', 'status'); this.spoken.setAttribute('aria-live', 'polite')
+    this.root.append(this.canvas, this.busy, this.caption, this.spoken)
     this.listen()
     this.onImage(); this.onAnswer()
   }
@@ -89,6 +101,7 @@ class Drawing {
     on('pointerdown', e => this.down(e)); on('pointermove', e => this.move(e))
     on('pointerup', e => this.up(e)); on('pointercancel', e => this.cancel(e)); on('lostpointercapture', e => this.pointers.delete(e.pointerId))
     on('wheel', e => this.wheel(e), {passive:false}); on('keydown', e => this.key(e)); on('contextmenu', e => e.preventDefault())
+    on('keyup', e => { if (e.key === ' ') this.space = false }); on('blur', () => { this.space = false })
     this.resize = new ResizeObserver(() => this.dirty()); this.resize.observe(this.root)
     this.handlers = {'change:image':() => this.onImage(), 'change:answer':() => this.onAnswer(), 'change:objects':() => this.onAnswer(), 'change:window':() => this.onWindow()}
     this.handlers['comm_live_update'] = () => { this.lost = true; this.dirty() }   // the kernel has gone
@@ -103,7 +116,7 @@ class Drawing {
     const image = this.model.get('image')
     if (!image?.width) return
     if (!this.base || this.base.width !== image.width || this.base.height !== image.height) { this.base = offscreen(image.width, image.height); this.fit() }
-    if (this.image?.z !== image.z) { this.masks = []; if (!this.drag) this.prompts = {} }
+    if (this.image?.z !== image.z || this.image?.case !== image.case) { this.masks = []; this.prompts = {}; if (this.drawing) this.drag = null }
     this.truth = image.truth.map(t => ({id:t.id, bits:bytes(t.bits)}))
     this.image = image; this.data = values(image); this.onWindow(); this.onAnswer()
   }
@@ -115,12 +128,13 @@ class Drawing {
     if (!a?.panes || !this.image || a.z !== this.image.z) return
     const {width, height} = this.image, colour = id => this.object(id)?.colour ?? '#ff9500'
     this.masks = a.panes.map(p => p.objects.map(o => ({...o, picture:paintMask(width, height, bytes(o.bits), colour(o.id))})))
-    if (a.seq >= this.seq && !['box', 'line'].includes(this.drag?.kind)) this.prompts = a.prompts   // a hand is right until its last word is answered
+    if (a.seq >= this.seq && !this.drawing) this.prompts = a.prompts   // a hand is right until its last word is answered
     if (this.answered !== a.seq) this.arrived = performance.now()
     this.answered = a.seq; this.dirty()
   }
 
   object(id) { return this.model.get('objects').find(o => o.id === id) }
+  get drawing() { return this.drag?.kind === 'box' || this.drag?.kind === 'line' }
   get active() { return this.model.get('active') }
   get prompt() { return this.prompts[this.active] ?? null }
 
@@ -144,17 +158,19 @@ class Drawing {
   down(e) {
     if (!this.image) return
     this.canvas.focus({preventScroll:true}); this.canvas.setPointerCapture(e.pointerId); this.pointers.set(e.pointerId, e)
-    if (this.pointers.size === 2) { this.draft(this.before, true); this.drag = {kind:'pinch', ...this.pinch(), zoom:this.zoom, pan:[...this.pan]}; return }
+    if (this.pointers.size > 2) return
+    if (this.pointers.size === 2) { this.abort(); this.drag = {kind:'pinch', ...this.pinch(), zoom:this.zoom, pan:[...this.pan]}; return }
     const p = this.at(e), tool = this.model.get('tool')
     if (e.button === 1 || e.button === 0 && this.space) this.drag = {kind:'pan', pane:p.pane, from:[e.clientX, e.clientY], pan:[...this.pan]}
     else if (e.button === 2) this.drag = {kind:'window', pane:p.pane, from:[e.clientX, e.clientY], window:[...this.model.get('window')]}
     else if (e.button === 0) {
-      this.before = this.prompt
+      this.before = {prompt:this.prompt}
       if (tool === 'ruler') { this.ruler = [p.x, p.y, p.x, p.y]; this.drag = {kind:'ruler', pane:p.pane} }
       else if (tool === 'box') this.startBox(p, e)
       else if (tool === 'line') this.startLine(p, e)
       else this.addPoint(p, tool === 'foreground' ? 1 : 0)
     }
+    if (this.drag) this.drag.pointer = e.pointerId
     e.preventDefault()
   }
 
@@ -198,6 +214,7 @@ class Drawing {
     if (this.pointers.has(e.pointerId)) this.pointers.set(e.pointerId, e)
     const d = this.drag, p = this.at(e), {width, height} = this.image
     if (!d) return this.hover(p, e)
+    if (d.kind !== 'pinch' && d.pointer !== e.pointerId) return
     if (d.kind === 'pan') { this.pan = [d.pan[0]+e.clientX-d.from[0], d.pan[1]+e.clientY-d.from[1]]; this.dirty() }
     else if (d.kind === 'pinch') this.movePinch(d)
     else if (d.kind === 'window') this.moveWindow(d, e)
@@ -224,14 +241,16 @@ class Drawing {
   up(e) {
     const d = this.drag
     this.pointers.delete(e.pointerId)
-    if (d?.kind === 'pinch' && this.pointers.size) return
+    if (d?.kind === 'pinch' ? this.pointers.size : d && d.pointer !== e.pointerId) return
+    if (this.drawing && d.now && !this.usable(d.now, d.kind)) return this.abort()    // drawn back to nothing
     this.drag = null
-    if ((d?.kind === 'box' || d?.kind === 'line') && d.now && this.usable(d.now, d.kind)) this.draft({kind:d.kind, [d.kind]:d.now}, true)
+    if (d?.now) this.draft({kind:d.kind, [d.kind]:d.now}, true)
     else if (d?.kind === 'window') this.model.save_changes()
     this.dirty()
   }
 
-  cancel(e) { this.pointers.delete(e.pointerId); if (this.drag?.now) this.draft(this.before, true); this.drag = null; this.dirty() }
+  abort() { const d = this.drag; this.drag = null; if (d?.now) this.draft(this.before.prompt, true); this.dirty() }    // as if nothing had been drawn
+  cancel(e) { this.pointers.delete(e.pointerId); this.abort() }
 
   hover(p, e) {
     const h = this.hit(p, e), tool = this.model.get('tool')
@@ -254,23 +273,22 @@ class Drawing {
   }
 
   moveWindow(d, e) {
-    const [lo, hi] = d.window, width = Math.max(hi-lo, 1), k = Math.max(width, 20)/300
-    const w = Math.max(1, width+(e.clientX-d.from[0])*k), level = (lo+hi)/2+(e.clientY-d.from[1])*k
-    this.model.set('window', [round(level-w/2), round(level+w/2)]); this.onWindow()
+    const [lo, hi] = d.window, width = Math.max(hi-lo, 1e-6), k = width/300, short = v => Number(v.toPrecision(6))
+    const w = Math.max(width/100, width+(e.clientX-d.from[0])*k), level = (lo+hi)/2+(e.clientY-d.from[1])*k
+    this.model.set('window', [short(level-w/2), short(level+w/2)]); this.onWindow()
   }
 
   wheel(e) {
-    if (!this.image) return
+    if (!this.image || !e.ctrlKey && !e.metaKey && this.model.get('depth') < 2) return    // the page may scroll
     e.preventDefault()
     if (e.ctrlKey || e.metaKey) return this.zoomAt([e.clientX, e.clientY], Math.exp(-e.deltaY/200))
     this.turned = (this.turned ?? 0)+(e.deltaMode ? e.deltaY*40 : e.deltaY)
-    const n = Math.trunc(this.turned/40)
-    if (n) { this.turned -= n*40; this.slice(clamp(n, -3, 3)) }
+    if (Math.abs(this.turned) >= 40) { this.slice(Math.sign(this.turned)); this.turned = 0 }    // one notch, one slice
   }
 
   slice(n) {
     const z = clamp(this.model.get('z')+n, 0, this.model.get('depth')-1)
-    if (z === this.model.get('z')) return
+    if (z === this.model.get('z') || this.drawing) return
     performance.mark(`medsam:slice:${z}`)
     this.model.set('z', z); this.model.save_changes()
   }
@@ -281,25 +299,26 @@ class Drawing {
     const {width, height} = this.image, q = this.prompt, step = e.shiftKey ? 10 : 1, ctrl = e.ctrlKey || e.metaKey
     const arrow = {ArrowLeft:[-1,0], ArrowRight:[1,0], ArrowUp:[0,-1], ArrowDown:[0,1]}[e.key]
     if (e.key === 'Tab') return
-    if (ctrl && e.key.toLowerCase() === 'z') this.model.send({type:e.shiftKey ? 'redo' : 'undo'})
-    else if (ctrl && e.key.toLowerCase() === 'y') this.model.send({type:'redo'})
+    if (ctrl && e.key.toLowerCase() === 'z') this.post({step:e.shiftKey ? 'redo' : 'undo', done:true})
+    else if (ctrl && e.key.toLowerCase() === 'y') this.post({step:'redo', done:true})
     else if (ctrl) return
-    else if (arrow && q?.kind === 'box') {
-      const [dx, dy] = arrow.map(v => v*step), b = q.box
-      const now = e.altKey ? [b[0], b[1], clamp(b[2]+dx, b[0]+2, width), clamp(b[3]+dy, b[1]+2, height)].map(round) : shifted(b, dx, dy, width, height)
-      this.draft({kind:'box', box:now}, true)
-    } else if (arrow) this.slice(arrow[0]+arrow[1])
-    else if (e.key === 'Escape') { this.ruler = null; if (q) this.draft(null, true) }
+    else if (arrow && q) this.draft(nudged(q, arrow[0]*step, arrow[1]*step, e.altKey, width, height), true)
+    else if (arrow) this.slice(arrow[0]+arrow[1])
+    else if (e.key === 'Escape') { this.ruler = null; if (this.drawing) this.abort(); else if (q) this.draft(null, true) }
     else if ((e.key === 'Backspace' || e.key === 'Delete') && q?.kind === 'points') {
       this.draft(q.points.length > 1 ? {kind:'points', points:q.points.slice(0, -1), labels:q.labels.slice(0, -1)} : null, true)
     } else if (e.key === 'Delete') { if (q) this.draft(null, true) }
-    else if (e.key === 'Enter' && !q) this.draft({kind:'box', box:[.375*width, .375*height, .625*width, .625*height].map(round)}, true)
+    else if (e.key === 'Enter') {
+      const tool = this.model.get('tool'), x = width/2, y = height/2, w = width/8, h = height/8
+      if (tool === 'foreground' || tool === 'background') this.addPoint({x, y}, tool === 'foreground' ? 1 : 0)
+      else if (!q && tool !== 'ruler') this.draft(tool === 'line' ? {kind:'line', line:[x-w, y, x+w, y].map(round)} : {kind:'box', box:[x-w, y-h, x+w, y+h].map(round)}, true)
+    }
     else if (e.key === 'PageUp' || e.key === '[') this.slice(-1)
     else if (e.key === 'PageDown' || e.key === ']') this.slice(1)
     else if (e.key === '+' || e.key === '=') this.zoomAt(this.middle(), 1.25)
     else if (e.key === '-') this.zoomAt(this.middle(), .8)
     else if (e.key === '0') this.fit()
-    else if (e.key === ' ') { this.space = true; this.canvas.addEventListener('keyup', () => { this.space = false }, {once:true}) }
+    else if (e.key === ' ') this.space = true
     else return
     e.preventDefault(); e.stopPropagation(); this.dirty()
   }
@@ -309,9 +328,15 @@ class Drawing {
   draft(prompt, done) {
     this.prompts = {...this.prompts, [this.active]:prompt}
     if (!prompt) delete this.prompts[this.active]
-    this.seq = Math.max(this.seq, this.model.get('answer')?.seq ?? 0)+1
-    this.started.set(this.seq, {t:performance.now(), done}); if (this.started.size > 200) this.started.delete(this.started.keys().next().value)
-    this.model.set('gesture', {seq:this.seq, z:this.image.z, object:this.active, prompt, done}); this.model.save_changes(); this.dirty()
+    this.post({z:this.image.z, object:this.active, prompt, done}); this.dirty()
+  }
+
+  post(g) {                                         // finished gestures are sent again until they are answered
+    const answered = this.model.get('answer')?.seq ?? 0
+    this.seq = Math.max(this.seq, answered)+1
+    this.started.set(this.seq, {t:performance.now(), done:g.done}); if (this.started.size > 200) this.started.delete(this.started.keys().next().value)
+    this.queue = [...this.queue.filter(o => o.done && o.seq > answered), {seq:this.seq, case:this.image.case, ...g}]
+    this.model.set('gestures', this.queue); this.model.save_changes()
   }
 
   // -- drawing --
@@ -386,6 +411,7 @@ class Drawing {
   say() {                                           // one line for everybody, read aloud by screen readers
     const a = this.model.get('answer'), o = this.object(this.active), q = this.prompt, parts = [`slice ${this.model.get('z')} (0 to ${this.model.get('depth')-1})`]
     if (o) parts.push(o.name)
+    if (this.ruler && this.model.get('tool') === 'ruler') parts.push(this.length(this.ruler))
     if (q?.kind === 'box') parts.push(`box ${q.box.map(v => Math.round(v*10)/10).join(' ')} px`)
     else if (q?.kind === 'line') parts.push(`diameter ${this.length(q.line)}`)
     else if (q) parts.push(`${q.points.length} point${q.points.length > 1 ? 's' : ''}`)
@@ -395,6 +421,8 @@ class Drawing {
     }
     const t = this.lost ? 'The kernel behind this drawing has gone: run its cell again.' : [parts.join(' · '), this.model.get('status')].filter(Boolean).join(' · ')
     if (t !== this.caption.textContent) this.caption.textContent = t
+    if (!this.drag && t !== this.spoken.textContent) this.spoken.textContent = t    // not while a box is still moving
+    this.busy.style.visibility = this.model.get('status').startsWith('preparing') ? 'visible' : 'hidden'
   }
 
   measure() {                                       // for the benchmark: from the gesture to the frame that shows its answer

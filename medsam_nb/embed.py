@@ -39,7 +39,7 @@ def encode(
     x = torch.as_tensor(imgs[:,:h,:w], device=device).permute(0,3,1,2).float()
     if size != side: x = F.interpolate(x, (round(h*size/side), round(w*size/side)), mode='bilinear', antialias=True, align_corners=False)
     with torch.inference_mode(), torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        return sam.image_encoder(sam.preprocess(x)).float()
+        return sam.image_encoder(sam.preprocess(x)).float().contiguous()
 
 # %% ../nbs/07_embed.ipynb #eefbfb20
 def quantize(

@@ -300,7 +300,7 @@ def _run(acc, cfg, run, sam, loaders, callback):
 class Run:
     "A finished run: its folder and its log."
     path:Path          # work_dir/<run>
-    log:pd.DataFrame   # one row per epoch; epoch 0 is the untrained decoder
+    log:pd.DataFrame   # one row per epoch; epoch 0 is the decoder as it came
     @property
     def best(self): return self.path/'best.pth'
     def __repr__(self):

@@ -9,7 +9,7 @@ from medsam_nb.embed import embed
 from medsam_nb.predict import Predictor, predict_volume
 from medsam_nb.prompt import line_to_box
 from medsam_nb.volume import Volume, read_volume
-from tiny import disc, lite, quick, raw, save, scan
+from tiny import dicom, disc, lite, quick, raw, save, scan
 
 def volume(shape=(6,64,80), **kw):
     img, lab = scan(shape=shape, **kw)
@@ -68,13 +68,8 @@ def test_sources(tmp_path):
     case, = list_cases(); assert case.name == 'Phantom' and case.read()[1].array.max() == 13
 
 def test_a_dicom_folder(tmp_path):
-    import SimpleITK as sitk
     img, _ = scan(shape=(3,16,20))
-    w = sitk.ImageFileWriter(); w.KeepOriginalImageUIDOn()
-    for z in range(3):
-        im = sitk.GetImageFromArray(img[z:z+1])
-        for k, v in {'0008|0060':'CT', '0020|000e':'1.2.3.4', '0020|000d':'1.2.3', '0020|0032':f'0\\0\\{z*3}', '0020|0037':'1\\0\\0\\0\\1\\0', '0020|0013':str(z), '0008|0018':f'1.2.3.4.{z+1}', '0018|0050':'3'}.items(): im.SetMetaData(k, v)
-        w.SetFileName(str(tmp_path/f'{z}.dcm')); w.Execute(im)
+    for z in range(3): dicom(tmp_path/f'{z}.dcm', img[z:z+1], g0008_0060='CT', g0020_000e='1.2.3.4', g0020_000d='1.2.3', g0020_0032=f'0\\0\\{z*3}', g0020_0037='1\\0\\0\\0\\1\\0', g0020_0013=str(z), g0008_0018=f'1.2.3.4.{z+1}', g0018_0050='3')
     case, = list_cases(tmp_path)
     assert case.name == tmp_path.name and case.read()[0].shape == (3,16,20)
 

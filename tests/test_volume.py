@@ -6,6 +6,7 @@ import SimpleITK as sitk
 from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.spatial.transform import Rotation
+from tiny import dicom
 from medsam_nb.core import InputError
 from medsam_nb.volume import (Case, Geometry, Volume, case_name, check_pair, choose_plane, display_axes, display_geometry, find_cases,
                               image_values, label_values, read_volume, split_name, to_display, to_stored, write_mask, write_volume)
@@ -418,11 +419,7 @@ def test_names():
 # DICOM
 
 def test_two_series_in_one_folder(tmp_path):
-    w = sitk.ImageFileWriter(); w.KeepOriginalImageUIDOn()
-    for s in '12':
-        im = sitk.Image([4,5], sitk.sitkInt16)
-        for k,t in {'0008|0060':'CT', '0020|000e':f'1.2.{s}', '0020|000d':'1.2', '0008|0018':f'1.2.{s}.1'}.items(): im.SetMetaData(k, t)
-        w.SetFileName(str(tmp_path/f'{s}.dcm')); w.Execute(im)
+    for s in '12': dicom(tmp_path/f'{s}.dcm', np.zeros((5,4), np.int16), g0008_0060='CT', g0020_000e=f'1.2.{s}', g0020_000d='1.2', g0008_0018=f'1.2.{s}.1')
     fails(tmp_path, '2 DICOM series')
 
 # real files

@@ -1,5 +1,5 @@
 "A tiny hospital for the tests: discs in noise, a model loaded once, stores filled without running an encoder"
-import os, subprocess, sys
+import locale, os, subprocess, sys
 from functools import lru_cache
 from pathlib import Path
 import numpy as np
@@ -37,6 +37,14 @@ def save(path, array, spacing=SPACING, origin=(0,0,0), direction=None):
     im.SetSpacing(spacing[:im.GetDimension()]); im.SetOrigin(origin[:im.GetDimension()])
     if direction is not None: im.SetDirection(direction)
     sitk.WriteImage(im, str(path))
+
+def dicom(path, array, **tags):
+    "Write a slice (H,W) as DICOM; tags like g0008_0060='CT'. SimpleITK leaves the process in the C locale after that, so the locale is put back"
+    was = locale.setlocale(locale.LC_ALL)
+    im, w = sitk.GetImageFromArray(array), sitk.ImageFileWriter()
+    for k, v in tags.items(): im.SetMetaData(k[1:].replace('_', '|'), v)
+    w.KeepOriginalImageUIDOn(); w.SetFileName(str(path)); w.Execute(im)
+    locale.setlocale(locale.LC_ALL, was)
 
 def raw(root, names, **kw):
     "images/ and labels/ with a scan per name; each has its own noise"

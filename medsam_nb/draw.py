@@ -552,7 +552,7 @@ class Annotator(widgets.VBox):
         names:dict=None,    # label id -> name
         height:int=480      # of the canvas, CSS pixels
     ):
-        super().__init__()
+        super().__init__(); self.add_class('medsam-app')
         self.cases, self.sams, self.settings = cases, sams, dict(recipe=recipe, store=store, names=names)
         self.views = list(sams)+(['both'] if len(sams) > 1 else [])
         self.lock, self.session, self.index, self.drawn, self.seq, self.said, self.moving = threading.RLock(), None, 0, {}, 0, '', False

@@ -8,6 +8,7 @@ __all__ = ['list_samples', 'PromptDataset', 'DiceBCE', 'PromptedDecoder', 'runni
 
 # %% ../nbs/10_finetune.ipynb #f08f04f9
 import hashlib, json, shutil
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -261,12 +262,12 @@ def _loaders(cfg, train, val, store, size):
         if not len(ds): raise InputError(f"There is no {name} sample with the labels {cfg.labels or 'that were curated'} in {cfg.npz}. See split.csv there for what was kept.")
     return (DataLoader(tds, cfg.batch_size, sampler=EpochSampler(len(tds), cfg.seed, cfg.epoch_samples)), DataLoader(vds, cfg.batch_size))
 
-def _log_epoch(run, rows, new, callback):
+def _log_epoch(tb, rows, new, callback):
     "Add a row, to TensorBoard too, and tell whoever watches."
     rows.append(new)
-    with SummaryWriter(run/'tensorboard', purge_step=new['epoch']) as tb:
-        for k, v in new.items():
-            if k != 'epoch' and v is not None: tb.add_scalar(k, v, new['epoch'])
+    for k, v in new.items():
+        if k != 'epoch' and v is not None: tb.add_scalar(k, v, new['epoch'])
+    tb.flush()
     if callback: callback(pd.DataFrame(rows))
 
 # %% ../nbs/10_finetune.ipynb #af7d959b
@@ -282,14 +283,15 @@ def _run(acc, cfg, run, sam, loaders, callback):
         score = validate(acc, mean, val_dl)
         return dict(epoch=epoch, train_loss=None if dice is None else dice+bce, dice_loss=dice, bce_loss=bce, val_dsc=score)
     done, rows, best = _load_state(acc, run) or (-1, [], -1)
+    if done >= cfg.epochs: return pd.DataFrame(rows)
     n = len(sampler)
-    with tqdm(total=cfg.epochs*n, initial=max(done,0)*n, unit='sample', desc=f'finetune on {acc.device.type} -> {run.name}', **({} if acc.is_main_process else {'disable': True})) as bar:
+    with SummaryWriter(run/'tensorboard', purge_step=done+1) if acc.is_main_process else nullcontext() as tb, tqdm(total=cfg.epochs*n, initial=max(done,0)*n, unit='sample', desc=f'finetune on {acc.device.type} -> {run.name}', **({} if acc.is_main_process else {'disable': True})) as bar:
         for epoch in range(done+1, cfg.epochs+1):
             train.dataset.epoch = sampler.epoch = epoch
             row = one(epoch, *train_epoch(acc, net, train_dl, opt, loss_func, mean, bar)) if epoch else one(0)
             if acc.is_main_process:
                 if row['val_dsc'] > best: best = row['val_dsc']; _save_best(sam, mean.module.mask_decoder, run)
-                _log_epoch(run, rows, row, callback)
+                _log_epoch(tb, rows, row, callback)
                 _save_state(acc, run, epoch, rows, best)
             acc.wait_for_everyone()
             bar.set_postfix(val_dsc=f"{row['val_dsc']:.3f}")

@@ -92,7 +92,7 @@ def test_the_screen_shows_the_kernels_mask(cell):
     "The visible pixels, not only the picture behind them; boxes off, mask opaque"
     cell.nb.python("app.ui['opacity'].value = 1.; app.ui['contour'].value = False"); cell.box(GALL)
     cell.js("d => { d.prompts = {}; d.draw() }")
-    m, colour = cell.kernel() == 9, np.array([255,149,0])
+    m, colour = cell.kernel() == 9, np.array(bytearray.fromhex(cell.js('d => d.object(9).colour')[1:]), int)
     painted = (np.abs(cell.pixels().astype(int)-colour).max(-1) < 40)
     assert painted[binary_erosion(m)].all() and not painted[~binary_dilation(m)].any() and m.sum() > 300
     cell.nb.python("app.ui['contour'].value = True")

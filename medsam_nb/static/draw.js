@@ -102,6 +102,8 @@ class Drawing {
     on('pointerup', e => this.up(e)); on('pointercancel', e => this.cancel(e)); on('lostpointercapture', e => this.pointers.delete(e.pointerId))
     on('wheel', e => this.wheel(e), {passive:false}); on('keydown', e => this.key(e)); on('contextmenu', e => e.preventDefault())
     on('keyup', e => { if (e.key === ' ') this.space = false }); on('blur', () => { this.space = false })
+    this.quiet = e => { if (e.target.matches?.('.medsam-app .noUi-handle')) e.target.setAttribute('data-lm-suppress-shortcuts', 'true') }
+    document.addEventListener('focusin', this.quiet)    // or Notebook 7 takes the arrow keys of a slider for its own
     this.resize = new ResizeObserver(() => this.dirty()); this.resize.observe(this.root)
     this.handlers = {'change:image':() => this.onImage(), 'change:answer':() => this.onAnswer(), 'change:objects':() => this.onAnswer(), 'change:window':() => this.onWindow()}
     this.handlers['comm_live_update'] = () => { this.lost = true; this.dirty() }   // the kernel has gone
@@ -109,7 +111,7 @@ class Drawing {
     for (const [k, f] of Object.entries(this.handlers)) this.model.on(k, f)
   }
 
-  close() { for (const [k, f] of Object.entries(this.handlers)) this.model.off(k, f); this.resize.disconnect(); cancelAnimationFrame(this.frame) }
+  close() { for (const [k, f] of Object.entries(this.handlers)) this.model.off(k, f); document.removeEventListener('focusin', this.quiet); this.resize.disconnect(); cancelAnimationFrame(this.frame) }
 
   // -- what Python says --
   onImage() {

@@ -63,12 +63,12 @@ endif
 	@echo; echo "== 5/5 evaluate, pretrained against fine-tuned: work_dir/$(RUN)"
 	$(BIN)/medsam_evaluate $(NPZ) --run $(RUN) --seed $(SEED)
 
-# Two CPU cores are enough: two notebooks at a time, one thread each, then pytest with two threads. Both always run; either fails the target.
+# Two CPU cores are enough: two notebooks at a time, then two test files at a time, one thread each. Both always run; either fails the target.
 test: $(STAMP)
 	@rc=0; echo "== notebooks"; \
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/nbtest.py || rc=1; \
 	echo "== pytest"; \
-	$(BIN)/python -m pytest tests || rc=1; \
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder || rc=1; \
 	exit $$rc
 
 bench: $(STAMP)

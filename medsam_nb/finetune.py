@@ -123,8 +123,8 @@ def running_mean(
     net:nn.Module, # the module that trains
     decay:float    # weight of the past, from 0 (no mean) to below 1
 )->AveragedModel:  # `.update_parameters(net)` after a step; `.module` has the mean weights
-    "Exponential moving average of a module's weights, as (1+n)/(10+n) of the past at step n until that exceeds `decay`."
-    def avg(mean, new, n): return new.lerp(mean, ((1+n)/(10+n)).clamp(max=decay))
+    "Exponential moving average of a module's weights, keeping (1+n)/(4+n) of the past at step n until that exceeds `decay`."
+    def avg(mean, new, n): return new.lerp(mean, ((1+n)/(4+n)).clamp(max=decay))
     return AveragedModel(net, avg_fn=avg)
 
 # %% ../nbs/10_finetune.ipynb #68bc5970
@@ -159,7 +159,7 @@ class Config:
     labels:tuple=None         # source label ids; default all that were curated
     val_fraction:float=.2     # share of the training patients to validate on
     epoch_samples:int=None    # samples drawn per epoch; default all
-    ema:float=.98             # what is kept is a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
+    ema:float=.99             # what is kept is a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
     mixed_precision:str='no'  # 'no', 'bf16' or 'fp16'
     seed:int=2023
     def check(self):
@@ -398,7 +398,7 @@ def medsam_finetune(
     labels:str=None,            # train on these label ids only, e.g. 1,9
     val_fraction:float=.2,      # share of the training patients to validate on
     epoch_samples:int=None,     # samples drawn per epoch; default all
-    ema:float=.98,              # keep a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
+    ema:float=.99,              # keep a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
     mixed_precision:str='no',   # no, bf16 or fp16
     seed:int=2023,              # of split, order and boxes
     device:str=None             # cpu, cuda or mps; default the best there is

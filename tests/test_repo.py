@@ -102,7 +102,7 @@ def draws(c):
         v = getattr(stmt, 'value', None)
         if isinstance(stmt, (ast.Expr, ast.Assign)) and isinstance(v, ast.Call):
             name = getattr(v.func, 'attr', getattr(v.func, 'id', ''))
-            if DRAWS.match(name): return True
+            if DRAWS.match(name) and getattr(getattr(v.func, 'value', None), 'id', '') != 'app': return True   # app is the drawing cell: it turns to a slice
     return False
 
 def pictures(c): return [o for o in c.get('outputs', []) if any(k.startswith('image/') for k in o.get('data', {}))]

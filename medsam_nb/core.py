@@ -137,17 +137,22 @@ def _is_console(
     "Is the caller the console script that has `func`'s name?"
     return frame.f_globals.get('__name__')=='__main__' and Path(sys.argv[0] or '-').stem.removesuffix('-script')==func.__name__
 
+def _sentence(e:Exception)->str:
+    "One line for an error of the user's or of the disk's making"
+    if isinstance(e, OSError) and e.strerror: e = f"{_short(e.filename) if e.filename else 'the disk'}: {e.strerror}. Look at free space and permissions, then run the same command again."
+    return ' '.join(str(e).split())
+
 def command(
     func, # function with docments; from a console its return value is dropped
 ):
-    "Make `func` a console command too: arguments and --help from docments, an `InputError` ends in one sentence and exit code 2"
+    "Make `func` a console command too: arguments and --help from docments, an `InputError` or an error of the disk ends in one sentence and exit code 2"
     @wraps(func)
     def _f(*args, **kwargs):
         if args or kwargs or not _is_console(func, inspect.currentframe().f_back): return func(*args, **kwargs)
         opts = vars(anno_parser(func, prog=func.__name__).parse_args())
         try: func(**{k:opts[k] for k in inspect.signature(func).parameters})
-        except InputError as e:
-            print(f'{func.__name__}: {" ".join(str(e).split())}', file=sys.stderr)
+        except (InputError, OSError) as e: # OSError: no permission, a full disk
+            print(f'{func.__name__}: {_sentence(e)}', file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt: sys.exit(130) # what shells report for Ctrl-C
     return _f

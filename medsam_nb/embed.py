@@ -127,7 +127,9 @@ class EmbeddingStore:
     @classmethod
     def create(cls, path, **provenance):
         "Open the store at `path`, or make it; an existing one must have the same provenance."
-        if not ('://' not in str(path) and (Path(path)/'zarr.json').exists()):
+        p = None if '://' in str(path) else Path(path)
+        if p is None or not (p/'zarr.json').exists():
+            if p is not None and p.exists() and (not p.is_dir() or any(p.iterdir())): raise InputError(f"{path} is {'a folder of other things' if p.is_dir() else 'a file'}, not an embedding store. Give the store a name of its own, such as {path}.zarr.")
             zarr.open_group(str(path), mode='a', attributes=dict(provenance, package_version=__version__))
         return cls(path, wanted=provenance)
 
@@ -223,6 +225,8 @@ def embed(
 )->EmbeddingStore: # errors: `InputError` (nothing curated, disk too small), `ProvenanceError` (the store is of something else)
     "Embed every curated slice that is not stored yet. Run it again after an interruption: it goes on where it stopped."
     if dtype not in ('float16','uint8'): raise InputError(f"dtype is {dtype!r}; it can be float16 or uint8.")
+    if precision not in (None, 'fp32', 'bf16', 'fp16'): raise InputError(f"precision is {precision!r}; it can be fp32, bf16 or fp16.")
+    if batch_size is not None and (batch_size != int(batch_size) or batch_size < 1): raise InputError(f"batch_size is {batch_size}; it has to be a whole number of at least 1.")
     state = PartialState()
     dev = state.device if state.num_processes > 1 else pick_device(device)
     sam = load_model(model, checkpoint, dev) if isinstance(model, str) else model.to(dev)

@@ -417,12 +417,6 @@ def _one_slice(x):
         if (on:=x.counts.index[x.counts[i]>0]).size==1: yield Found(f'label {i} is on one slice only (slice {on[0]}, {x.counts[i].sum()} voxels)', 'look at it: a stray click, or the edge of an organ that lies outside the scan?', dict(id=i, slice=int(on[0]), voxels=int(x.counts[i].sum())))
 
 @rule('case', 'warning')
-def _small_organ(x):
-    n = Counter(i for _,i,why in x.curated[1] if i is not None) if x.kept else {}
-    for i,k in sorted(n.items()):
-        if 2*k>(of:=int((x.counts[i]>0).sum())): yield Found(f'label {i} is under {x.wanted.min_pixels} px on {k} of its {of} slices, which are dropped', f'lower --min_pixels, or crop the images around the organ', dict(id=i, dropped=k, slices=of))
-
-@rule('case', 'warning')
 def _nothing_kept(x):
     if x.status!='nothing kept' or not x.ids or x.looks=='constant': return
     why = f'label {_some(x.asked)} is under {x.wanted.min_pixels} px on every slice' if x.asked else f'it has none of the ids wanted ({_some(x.wanted.label_ids)}); it holds {_some(x.ids, 15)}'
@@ -546,6 +540,14 @@ def _id_lonely(f):
             o = next(o for o in f.ids if o['id']==i)
             yield Found(f"label id {i} occurs in this case only ({o['voxels']} voxels)", 'a slip of the pen, or an organ that the others lack? One case cannot be trained and tested on', dict(id=i), o['case'])
 
+@rule('folder', 'warning')
+def _small_organ(f):
+    ok = {r['case'] for r in f.seen}
+    for i in sorted({o['id'] for o in f.ids if o['wanted']}):
+        mine = [o for o in f.ids if o['id']==i and o['case'] in ok]
+        n,kept = sum(o['slices'] for o in mine), sum(o['kept'] for o in mine)
+        if 2*kept<n: yield Found(f"label {i} is under {f.recipe.min_pixels} px on {n-kept} of its {_many(n, 'slice')} in {_many(len(mine), 'case')}; there it is dropped", 'lower --min_pixels, or crop the images around the organ', dict(id=i, dropped=n-kept, slices=n))
+
 @rule('folder', 'error')
 def _no_slice_kept(f):
     if f.seen and not any(r['kept'] for r in f.rows): yield Found('no slice of any case would be kept', f"the ids wanted are {'all' if f.label_ids=='all' else _some(f.recipe.label_ids)}; the labels hold {_some(sorted({o['id'] for o in f.ids}), 20) or 'none'}")
@@ -636,6 +638,10 @@ def _square(a):
 
 # %% ../nbs/14_doctor.ipynb #e0d0002e
 def _gb(n:float)->str: return f'{n/1e9:.1f} GB' if n>=1e9 else f'{max(n/1e6, .1):.1f} MB'
+def _ml(lo:float, hi:float)->str:
+    "A range of volumes"
+    say = lambda v: f'{v:,.0f}' if v>=100 else f'{v:.3g}'
+    return f'{say(lo)} ml' if say(lo)==say(hi) else f'{say(lo)} to {say(hi)} ml'
 def _clock(s:float)->str: return f'{s/3600:.1f} h' if s>=5400 else f'{s/60:.0f} min' if s>=90 else f'{max(s, 1):.0f} s'
 
 def _wrap(text:str, indent:int)->str: return textwrap.fill(text, 118, initial_indent=' '*indent, subsequent_indent=' '*indent, break_long_words=False, break_on_hyphens=False)
@@ -701,7 +707,8 @@ def _next_command(f:Folder)->str:
     "The call of medsam_curate that this examination was about"
     r,d,opts = f.recipe,Recipe(modality=f.recipe.modality),dict(modality=(f.recipe.modality, 'CT'), patient=(f.patient, None), image_suffix=(f.suffix, '_0000'))
     opts |= {k:(getattr(r, k), getattr(d, k)) for k in ('low','high','size','min_pixels','fit','flip')}
-    ids = 'all' if f.label_ids=='all' else ','.join(map(str, r.label_ids))
+    there = {o['id'] for o in f.ids}
+    ids = ','.join(map(str, r.label_ids)) if f.label_ids!='all' else str(*there) if len(there)==1 else 'all'
     text = ['medsam_curate', str(f.images), str(f.labels), '--label_id', ids]
     if r.window!=d.window: text.append('--window='+('percentile' if r.window is None else r.window if isinstance(r.window, str) else ','.join(f'{o:g}' for o in r.window)))
     for k,(v,default) in opts.items():
@@ -732,9 +739,9 @@ def _letter(r:Report):
     for d in c.reasons: reasons.update({k:v for k,v in d.items() if k!='error'})
     yield from ('', 'What medsam_curate would do with it')
     yield _wrap(f"{_many(c.kept.sum(), 'slice')} of {_many((c.kept>0).sum(), 'case')} kept, {c.dropped.sum()} dropped, {_many((c.status=='failed').sum(), 'case')} failed. Left out: {', '.join(f'{k} {v}' for k,v in reasons.most_common()) or 'nothing'}", 2)
-    yield _wrap('sliced ' + ', '.join(f'{k} ({v})' for k,v in c.plane.replace('', 'unknown').value_counts().items()) + '; values look like ' + ', '.join(f'{k} ({v})' for k,v in c.looks_like.replace('', 'unknown').value_counts().items()), 2)
+    yield _wrap('sliced ' + ', '.join(f'{k} ({v})' for k,v in c.plane.replace({'':'unknown', 'image':'as 2-D pictures'}).value_counts().items()) + '; values look like ' + ', '.join(f'{k} ({v})' for k,v in c.looks_like.replace('', 'unknown').value_counts().items()), 2)
     organs = r.organs[r.organs.wanted.astype(bool)]
-    for o in organs.head(15).itertuples(): yield _wrap(f"label {o.id}: in {o.cases} of {_many(len(c), 'case')}, {_many(o.slices, 'slice')}" + (f', {o.ml_min:.3g} to {o.ml_max:.3g} ml' if o.ml_max==o.ml_max else f', {o.voxels} px') + f', {o.kept} kept', 2)
+    for o in organs.head(15).itertuples(): yield _wrap(f"label {o.id}: in {o.cases} of {_many(len(c), 'case')}, {_many(o.slices, 'slice')}" + (f', {_ml(o.ml_min, o.ml_max)}' if o.ml_max==o.ml_max else f', {o.voxels} px') + f', {o.kept} kept', 2)
     if len(organs)>15: yield f'  and {len(organs)-15} labels more (.organs)'
     if len(organs)<len(r.organs): yield _wrap(f"labels that are not wanted: {_some(r.organs.id[~r.organs.wanted.astype(bool)], 20)}", 2)
     if d:=r.needs if 'bytes' in r.needs else None:

@@ -11,7 +11,7 @@ import html, io, json, re, shlex, shutil, textwrap, time, unicodedata, warnings
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import asdict, dataclass, field, replace
 from difflib import SequenceMatcher
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
@@ -66,23 +66,30 @@ def _some(names, n:int=5)->str:
     names = [str(o) for o in names]
     return ', '.join(names[:n]) + (f' and {len(names)-n} more' if len(names)>n else '')
 
+@lru_cache(None)
+def _squash(s:str)->str: return re.sub(r'0+(?=\d)', '', re.sub(r'[-_. ]+', '_', s.casefold())) # without capitals, kinds of separators and leading zeros
+@lru_cache(None)
+def _numbers(s:str)->list: return [int(o) for o in re.findall(r'\d+', s)]
+
 def _alike(image:str, label:str, suffix:str)->str:
     "How an image's name without extension nearly fits a label's: 'spelling', 'suffix', 'label-suffix', 'similar' or ''"
-    squash = lambda s: re.sub(r'0+(?=\d)', '', re.sub(r'[-_. ]+', '_', s.casefold()))
     case = image.removesuffix(suffix) if suffix else image
-    if squash(label) in (squash(image), squash(case)): return 'spelling'
-    if re.match(r'[^0-9]', image.removeprefix(label)) and image.startswith(label): return 'suffix'
-    if re.match(r'[^0-9]', label.removeprefix(case)) and label.startswith(case): return 'label-suffix'
-    numbers = lambda s: [int(o) for o in re.findall(r'\d+', s)]
-    return 'similar' if numbers(case)==numbers(label) and numbers(case) and SequenceMatcher(None, case, label).ratio()>.5 else ''
+    if _squash(label) in (_squash(image), _squash(case)): return 'spelling'
+    if image.startswith(label) and not image[len(label)].isdigit(): return 'suffix'
+    if label.startswith(case) and not label[len(case)].isdigit(): return 'label-suffix'
+    return 'similar' if _numbers(case) and _numbers(case)==_numbers(label) and SequenceMatcher(None, case, label).ratio()>.5 else ''
 
 def _near_misses(images:list, labels:list, suffix:str)->dict:
     "image path -> (label path, how they differ) for files that nearly pair, each label once"
-    out,free = {},list(labels)
+    stem = {p:_nfc(split_name(p)[0]) for p in (*images, *labels)}
+    fits,out,taken = defaultdict(list),{},set()
+    for p in images:
+        for q in labels:
+            if how:=_alike(stem[p], stem[q], suffix): fits[how,p].append(q)
     for how in ('spelling','suffix','label-suffix','similar'):
         for p in images:
-            fits = [q for q in free if p not in out and _alike(_nfc(split_name(p)[0]), _nfc(split_name(q)[0]), suffix)==how]
-            if len(fits)==1: out[p] = (fits[0], how); free.remove(fits[0])
+            left = [q for q in fits[how,p] if p not in out and q not in taken]
+            if len(left)==1: out[p] = (left[0], how); taken.add(left[0])
     return out
 
 # %% ../nbs/14_doctor.ipynb #e0d0000f
@@ -221,15 +228,16 @@ class Exam:
 
     def __post_init__(self):
         self.image = self._try('image', self.case.image)
-        self.label = self._try('label', self.case.label)
+        how = {} if split_name(self.case.label)[1] else dict(like=self.image) # a folder, or DICOM-SEG: it is laid on the grid of its image
+        self.label = self._try('label', self.case.label, **how)
         if self.label is None: self.raw = self._try('label', self.case.label, 'image')
         if not self.errors:
             try: check_pair(self.image, self.label)
             except InputError as e: self.errors['pair'] = ' '.join(str(e).split())
 
-    def _try(self, what:str, path, kind:str=None):
+    def _try(self, what:str, path, kind:str=None, **kw):
         "The volume, or None and its sentence in `errors`"
-        try: return read_volume(path, kind=kind or what)
+        try: return read_volume(path, kind=kind or what, **kw)
         except (InputError, OSError) as e: self.errors.setdefault(what, _sentence(e, path))
 
     @cached_property

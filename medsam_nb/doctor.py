@@ -124,6 +124,7 @@ class Folder:
             except InputError: pass
         return out
 
+# %% ../nbs/14_doctor.ipynb #e0d00047
 def _readable(folder:Path)->list:
     "Files that `read_volume` would try, by name"
     return sorted(p for p in folder.iterdir() if p.is_file() and split_name(p)[1] and not p.name.startswith('.'))
@@ -328,6 +329,7 @@ def _unreadable(x): yield from _reads(x)
 @rule('case', 'error')
 def _nan(x): yield from _reads(x, 'nan')
 
+# %% ../nbs/14_doctor.ipynb #e0d0004f
 @rule('case', 'error')
 def _label_probabilities(x):
     for o in _reads(x, 'label_fraction'):
@@ -461,6 +463,7 @@ def _not_hu(x):
 def _clipped(x):
     if x.ct and x.looks=='HU clipped': yield Found(f'values end sharply at {x.span[0]:.6g} and {x.span[1]:.6g}: a window was applied and the rest is lost', f'go back to the original scan, or use that window: --window={x.span[0]:.6g},{x.span[1]:.6g}', dict(low=x.span[0], high=x.span[1]))
 
+# %% ../nbs/14_doctor.ipynb #e0d00051
 @rule('case', 'note')
 def _no_air(x):
     if x.ct and x.looks=='HU without air': yield Found(f'values from {x.span[0]:.6g} to {x.span[1]:.6g}, no air: cropped to the inside of a body, or shifted', 'fine if it is cropped', dict(low=x.span[0], high=x.span[1]))
@@ -529,6 +532,7 @@ def _few_patients(f):
     n = len(set(f.patients().values()))
     if f.cases and n<3: yield Found(f'there {"is" if n==1 else "are"} {_many(n, "patient")}', 'with fewer than three there is no split into training, validation and test; one is enough to try things out', dict(patients=n))
 
+# %% ../nbs/14_doctor.ipynb #e0d00049
 @rule('folder', 'warning')
 def _plane_mixed(f):
     planes = Counter(r['plane'] for r in f.rows if r['plane'])
@@ -658,6 +662,7 @@ def _plain(o):
     "numpy values as Python's, for JSON"
     return o.tolist() if isinstance(o, (np.ndarray, np.generic)) else str(o)
 
+# %% ../nbs/14_doctor.ipynb #e0d0004d
 @dataclass(repr=False)
 class Report:
     "What `examine` found: findings, tables, needs and pictures"
@@ -776,6 +781,7 @@ def _label_rows(x:Exam)->list:
         return dict(case=x.case.case, id=i, wanted=i in x.asked, voxels=int(x.counts[i].sum()), ml=x.counts[i].sum()*mm3/1000, slices=len(on), first=int(on[0]), last=int(on[-1]), kept=kept.get(i, 0))
     return [one(i) for i in x.ids[:300]]
 
+# %% ../nbs/14_doctor.ipynb #e0d0004b
 _CASES = 'case image label shape spacing plane dtype low high looks_like kept dropped reasons status hash'.split()
 _LABELS = 'case id wanted voxels ml slices first last kept'.split()
 

@@ -143,18 +143,19 @@ def _sentence(e:Exception)->str:
     return ' '.join(str(e).split())
 
 def command(
-    func, # function with docments; from a console its return value is dropped
+    func, # function with docments; from a console its return value is dropped, but for an `exit_code` it may have
 ):
     "Make `func` a console command too: arguments and --help from docments, an `InputError` or an error of the disk ends in one sentence and exit code 2"
     @wraps(func)
     def _f(*args, **kwargs):
         if args or kwargs or not _is_console(func, inspect.currentframe().f_back): return func(*args, **kwargs)
         opts = vars(anno_parser(func, prog=func.__name__).parse_args())
-        try: func(**{k:opts[k] for k in inspect.signature(func).parameters})
+        try: res = func(**{k:opts[k] for k in inspect.signature(func).parameters})
         except (InputError, OSError) as e: # OSError: no permission, a full disk
             print(f'{func.__name__}: {_sentence(e)}', file=sys.stderr)
             sys.exit(2)
         except KeyboardInterrupt: sys.exit(130) # what shells report for Ctrl-C
+        if code:=getattr(res, 'exit_code', 0): sys.exit(code)
     return _f
 
 # %% ../nbs/00_core.ipynb #ca6af324

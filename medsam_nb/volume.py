@@ -306,7 +306,9 @@ def _pick(found:list, # header and files of each series
     if len(got)==1: return got[0]
     what = f"{path} holds {len(found)} DICOM series" if series is None else f'{path}: series {series!r} fits {len(got) or "none"} of {len(found)} DICOM series'
     all_ = '; '.join(f"number {h.get('SeriesNumber', '-')}, {say(h)!r}, {h.get('Modality', '?')}, {len(f)} slice{'s'*(len(f)!=1)}, UID …{h.SeriesInstanceUID[-12:]}" for h,f in found)
-    raise InputError(f"{what}: {all_}: choose one by its number, its UID or a part of its description, for example series={found[0][0].get('SeriesNumber', 1)} (--series {found[0][0].get('SeriesNumber', 1)})")
+    n = [str(h.get('SeriesNumber')) for h,_ in found]
+    ex = next((o for o in n if n.count(o)==1 and o.isdigit()), repr(found[0][0].SeriesInstanceUID))
+    raise InputError(f"{what}: {all_}: choose one by its number, its UID or a part of its description, for example series={ex} (--series {ex})")
 
 # %% ../nbs/02_volume.ipynb #a3c0d1e4
 def _tags(r, key:str)->list:

@@ -567,7 +567,7 @@ def _read_structures(path:Path, plane, names, like)->Volume:
     known,res = {i:k for k,i in ids.items()}, None
     for name,i in ids.items():
         v = read_volume(files[name], 'label', plane, like=like)
-        if len(there:=np.setdiff1d(v.array, [0]))>1: raise InputError(f'{files[name]}: a file of one structure holds one value, this one holds the ids {there[:10].tolist()}: is it a label map of its own? Put it directly into the folder of labels')
+        if not np.isin(v.array, (0, v.array.max())).all(): raise InputError(f'{files[name]}: a file of one structure holds one value, this one holds the ids {np.setdiff1d(v.array, [0])[:10].tolist()}: is it a label map of its own? Put it directly into the folder of labels')
         if res is None: res = replace(v, array=_label_map(v.shape, known), case=path.name, names=known)
         check_pair(res, v)
         _lay(res.array, v.array>0, i, known, path)
@@ -656,7 +656,7 @@ class Cases(list):
 
 def has_dicom(folder)->bool:
     "Is it a folder that holds DICOM files?"
-    return Path(folder).is_dir() and any(_is_dicom(p) for p in _visible(Path(folder)))
+    return Path(folder).is_dir() and any(_is_dicom(p) for p in _visible(Path(folder)) if not split_name(p)[1])
 
 def _is_case(p:Path, what:str)->bool:
     "Can `p` be one of the images or labels?"

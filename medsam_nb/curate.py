@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['WINDOWS', 'Recipe', 'intensity_limits', 'rescale', 'normalize', 'fit_shape', 'resize_label', 'resize_image',
            'code_labels', 'curate_label', 'source_hash', 'curate_case', 'count_drops', 'patient_of', 'split_cases',
-           'read_split', 'patients_of', 'write_split', 'CuratedCase', 'read_npz', 'find_npz', 'Curation', 'curate',
-           'parse_ids', 'medsam_curate']
+           'read_split', 'patients_of', 'write_split', 'CuratedCase', 'read_npz', 'find_npz', 'read_names',
+           'write_names', 'Curation', 'curate', 'parse_ids', 'parse_pairs', 'medsam_curate']
 
 # %% ../nbs/04_curate.ipynb #bfb8c81a
 import hashlib, html, json, re, shutil, zipfile
@@ -21,7 +21,7 @@ from joblib import Parallel, delayed
 from skimage.transform import resize
 from tqdm import tqdm
 from .core import InputError, atomic_path, command, data_dir, home, sha256_array, sha256_file
-from .volume import Volume, check_pair, find_cases, read_volume
+from .volume import Cases, Volume, check_colors, check_names, find_cases, label_names, read_volume
 
 # %% ../nbs/04_curate.ipynb #4490ca07
 WINDOWS = dict(medsam=(-500,1000), brief=(-500,100), abdomen=(-160,240)) # lower and upper limit, HU
@@ -454,15 +454,20 @@ def _same_as_before(path, recipe:Recipe, sha:str):
     kept = len(d['z'])
     return dict(kept=kept, dropped=int(d['source_shape'][0])-kept, reasons=json.loads(str(d['reasons'])), status='as before')
 
-def _curate_file(case, recipe:Recipe, staged:Path, done, overwrite:bool, strict:bool)->dict:
+def _pair_hash(case, how:dict)->str:
+    "`source_hash` of a case, and of how it is read where that is not the plain way"
+    sha, how = source_hash(case.image, case.label), {k:v for k,v in how.items() if v is not None}
+    return hashlib.sha256((sha+json.dumps(how, sort_keys=True)).encode()).hexdigest() if how else sha
+
+def _curate_file(case, how:dict, recipe:Recipe, staged:Path, done, overwrite:bool, strict:bool)->dict:
     "Curate one pair into `staged` unless `done` or `staged` is up to date; the case's row of the table"
     row = dict(case=case.case, kept=0, dropped=0, reasons={}, status='failed')
     try:
-        sha = source_hash(case.image, case.label)
+        sha = _pair_hash(case, how)
         for f in (() if overwrite else (done, staged)):
             if same:=_same_as_before(f, recipe, sha): return row|same|dict(staged=f==staged)
-        vol,lab = read_volume(case.image), read_volume(case.label, kind='label')
-        check_pair(vol, lab)
+        vol = read_volume(case.image, series=how['series'])
+        lab = read_volume(case.label, kind='label', like=vol, names=how['names'], colors=how['colors'])
         arrays,drops = curate_case(replace(vol, case=case.case), lab, recipe, sha256=sha)
     except (InputError, OSError) as e:
         if strict: raise InputError(f'{case.case}: {e}') from e
@@ -506,14 +511,56 @@ def _check_places(old, done:dict, folder:Path):
         said = f'puts it in {part[case]!r}' if part.get(case) else 'does not know it'
         raise InputError(f'{f} lies in {f.parent.name}/ and {folder.name}/split.csv {said}: nobody can tell any more who was tested on whom. Restore split.csv, or move the folder away and curate again')
 
-def _all_label_ids(cases:list, workers:int)->tuple:
-    "Every non-zero id in any readable label"
+def _all_label_ids(cases:list, workers:int, named:set, colors=None)->tuple:
+    "Every non-zero id in any readable label; labels that came with names have the ids `named`"
     def ids(c):
-        try: return set(np.unique(read_volume(c.label, kind='label').array).tolist())
+        try: return named if label_names(c.label) else set(np.unique(read_volume(c.label, kind='label', colors=colors).array).tolist())
         except (InputError, OSError): return set()
     found = set().union(*Parallel(workers)(delayed(ids)(c) for c in cases)) - {0}
     if not found: raise InputError(f'label_ids "all" finds no label in {cases[0].label.parent}: every readable label is empty')
     return tuple(sorted(int(o) for o in found))
+
+# %% ../nbs/04_curate.ipynb #e7a4b5c7
+def read_names(
+    folder, # curated folder
+)->dict: # label id -> name; empty when the labels came without names
+    "The names of the labels, from names.json"
+    f = Path(folder)/'names.json'
+    if not f.exists(): return {}
+    try: return {int(k):str(v) for k,v in json.loads(f.read_text(encoding='utf-8')).items()}
+    except (ValueError, AttributeError): raise InputError(f'{f} is not a list of label names: restore it, or move the folder away and curate again') from None
+
+def write_names(names:dict, folder):
+    "Write names.json (label id -> name), all or nothing"
+    with atomic_path(Path(folder)/'names.json') as tmp: tmp.write_text(json.dumps({str(k):v for k,v in sorted(names.items())}, ensure_ascii=False, indent=1), encoding='utf-8')
+
+def _names_of(label)->list:
+    "`label_names` of a label; empty for one that cannot be read, which is told later"
+    try: return label_names(label)
+    except (InputError, OSError): return []
+
+def _merge_names(found:dict, names, kept:dict)->dict:
+    "Label id -> name over all cases: `kept`, then `names` if given, else those of segments and structures (case -> list of (id, name))"
+    out = dict(kept)
+    def put(i, name, where):
+        if out.setdefault(i, name)!=name: raise InputError(f'label {i} is {name!r} in {where} and {out[i]!r} elsewhere: one id must mean one thing. Say which is which, for example names={{{name!r}: {max(out)+1}, {out[i]!r}: {i}}} (--names)')
+    if names:
+        for name,i in names.items():
+            was = [k for k,v in kept.items() if v==name and k!=i]
+            if was: raise InputError(f'{name!r} is label {i} in names and was {was[0]} in the run before (names.json): use the old id, or another out')
+            put(i, name, 'names')
+        return out
+    for case,pairs in found.items():
+        for i,name in pairs:
+            if i is not None: put(i, name, case)
+    new = sorted({name for pairs in found.values() for i,name in pairs if i is None}-set(out.values()))
+    return out|{i:name for i,name in enumerate(new, max(out, default=0)+1)}
+
+def _how_to_read(pairs:list, ids:dict, names, series, colors)->dict:
+    "Arguments of `read_volume` for one case; `names` are those that its label has"
+    if names is None and (not pairs or pairs[0][0] is not None): return dict(series=series, colors=colors, names=None)
+    want, here = names or {v:k for k,v in ids.items()}, {name for _,name in pairs}
+    return dict(series=series, colors=colors, names={k:i for k,i in want.items() if k in here} or want)
 
 # %% ../nbs/04_curate.ipynb #d29c8f34
 def _merge_split(rows:list, old, patients:dict, fraction:float, seed:int)->pd.DataFrame:
@@ -555,6 +602,7 @@ class Curation:
     folder:Path # holds train/, test/ and split.csv
     recipe:Recipe
     table:pd.DataFrame # the split table, cases of this run only, with a status each: new, as before, nothing kept, failed
+    names:dict=None # label id -> name, where labels came with names
 
     @property
     def failed(self)->dict:
@@ -583,14 +631,17 @@ def _check_result(rows:list, recipe:Recipe):
 
 # %% ../nbs/04_curate.ipynb #deff7996
 def curate(
-    images, # folder of images: NIfTI, NRRD, MHA, PNG, TIFF and others that `read_volume` knows
-    labels, # folder of labels, named like the images
+    images, # folder of images (files that `read_volume` knows, or folders with a DICOM series), one DICOM series, or `Cases`
+    labels=None, # folder of labels, named like the images: files, folders of structures, DICOM-SEG; not with `Cases`
     out=None, # folder for the result, which goes to `<out>/<modality>_<anatomy>/`; None: data/npz of the project
     label_ids=(9,), # source label ids wanted, or 'all' for every id that occurs
     test_fraction:float=.2, # share of the patients for the test part
     seed:int=2023, # of the split
     patient:str=None, # regular expression for the patient in a case name; None: each case is a patient
     image_suffix:str='_0000', # what image names have more than label names
+    series=None, # which DICOM series, where a folder holds several: number, UID or a part of the description
+    names:dict=None, # for structures and DICOM-SEG: name -> id; None: ids in the order of the names of all cases, or the segment numbers
+    colors:dict=None, # for colour masks: '#rrggbb' -> id
     workers:int=1, # processes; any joblib backend that is set is used
     strict:bool=False, # raise at the first case that fails
     overwrite:bool=False, # curate again what is there; the split stays
@@ -598,9 +649,10 @@ def curate(
     **kw, # fields of `Recipe`: modality, anatomy, window, low, high, size, min_pixels, fit, flip
 )->Curation:
     "Curate a folder of pairs into npz files, split by patient; `InputError` if nothing pairs, every case fails or no slice is kept"
-    cases = find_cases(images, labels, image_suffix=image_suffix)
-    if isinstance(label_ids, str) and label_ids=='all': label_ids = _all_label_ids(cases, workers)
-    recipe = Recipe(label_ids=label_ids, **kw)
+    if labels is None and not isinstance(images, Cases): raise InputError(f'{images}: no labels are given: say where they are')
+    cases = images if isinstance(images, Cases) else find_cases(images, labels, image_suffix=image_suffix)
+    every = isinstance(label_ids, str) and label_ids=='all'
+    recipe = Recipe(label_ids=(1,) if every else label_ids, **kw)
     folder = (Path(out) if out is not None else data_dir('npz')).absolute()/recipe.name
     patients = {c.case:patient_of(c.case, patient) for c in cases}
     split_cases([], fraction=test_fraction)
@@ -608,15 +660,22 @@ def curate(
     _check_patients(old, patients)
     done = _done_files(folder)
     _check_places(old, done, folder)
+    series, names, colors = series if series is None else str(series), names and check_names(names), colors and check_colors(colors)
+    found = {c.case:_names_of(c.label) for c in cases}
+    ids = _merge_names(found, names, {} if overwrite and set(done)<=set(patients) else read_names(folder))
+    if ids: print('labels: ' + ', '.join(f'{k} {v}' for k,v in sorted(ids.items())))
+    how = {c:_how_to_read(pairs, ids, names, series, colors) for c,pairs in found.items()}
+    if every: recipe = replace(recipe, label_ids=_all_label_ids(cases, workers, set(ids), colors))
     _check_recipes(done, recipe, set(patients), overwrite)
-    jobs = [delayed(_curate_file)(c, recipe, folder/'.staging'/f'{recipe.name}_{c.case}.npz', done.get(c.case), overwrite, strict) for c in cases]
+    jobs = [delayed(_curate_file)(c, how[c.case], recipe, folder/'.staging'/f'{recipe.name}_{c.case}.npz', done.get(c.case), overwrite, strict) for c in cases]
     rows = list(tqdm(Parallel(workers, return_as='generator')(jobs), total=len(jobs), desc='curate', disable=not progress))
     _check_result(rows, recipe)
     table = _merge_split(rows, old, patients, test_fraction, seed)
     write_split(table, folder)
+    if ids: write_names(ids, folder)
     _place(rows, table, folder, done)
     status = {r['case']:r['status'] for r in rows}
-    res = Curation(folder, recipe, table[table.case.isin(status)].assign(status=lambda t: t.case.map(status)).reset_index(drop=True))
+    res = Curation(folder, recipe, table[table.case.isin(status)].assign(status=lambda t: t.case.map(status)).reset_index(drop=True), ids)
     print(f'wrote {_say_path(folder)}')
     if not (table.part=='test').any() and test_fraction: print('only one patient has usable slices: there is no test part')
     return res
@@ -628,6 +687,15 @@ def parse_ids(text):
     try: return tuple(int(o) for o in str(text).split(','))
     except ValueError: raise InputError(f'label_id {text!r} cannot be read: give whole numbers separated by commas, for example 1,2,9, or all') from None
 
+def parse_pairs(text, # 'a=1,b=2', or None
+                what:str='names')->dict: # name -> id, or None
+    "Pairs of a name or colour and an id; `InputError` for anything else"
+    if text is None: return None
+    pairs = [o.rpartition('=') for o in str(text).split(',')]
+    if not all(k.strip() and v.strip().isdigit() for k,_,v in pairs): raise InputError(f"{what} {text!r} cannot be read: give pairs separated by commas, for example --{what} '{'#ff0000=1,#00ff00=2' if what=='colors' else 'liver=1,spleen=2'}'")
+    if len({k.strip() for k,*_ in pairs})<len(pairs): raise InputError(f'{what} {text!r} gives two ids to one: keep one of them')
+    return {k.strip():int(v) for k,_,v in pairs}
+
 def _parse_window(text):
     "A window's name, 'percentile', or two numbers separated by a comma"
     if text=='percentile': return None
@@ -638,8 +706,8 @@ def _parse_window(text):
 # %% ../nbs/04_curate.ipynb #aa8c3799
 @command
 def medsam_curate(
-    images:str, # folder of images
-    labels:str, # folder of labels, named like the images
+    images:str, # folder of images, files or folders with a DICOM series; or one DICOM series
+    labels:str, # folder of labels, named like the images: files, folders of structures or DICOM-SEG
     out:str=None, # folder for the result; default data/npz of the project
     label_id:str='9', # source label ids: 9 or 1,2,9 or all
     window:str='auto', # CT window: medsam, brief, abdomen, --window=-100,300 or percentile; auto is medsam for CT and percentile for the rest
@@ -655,6 +723,9 @@ def medsam_curate(
     seed:int=2023, # of the split
     patient:str=None, # regular expression for the patient in a case name
     image_suffix:str='_0000', # what image names have more than label names
+    series:str=None, # which DICOM series, where a folder holds several: number, UID or a part of the description
+    colors:str=None, # ids of the colours of a mask: '#ff0000=1,#00ff00=2'
+    names:str=None, # ids of structures or segments: liver=1,spleen=2; default: in the order of the names, or the segment numbers
     workers:int=1, # processes
     strict:bool=False, # stop at the first case that fails
     overwrite:bool=False, # curate again what is there; the split stays
@@ -662,7 +733,7 @@ def medsam_curate(
 ):
     "Curate a folder of images and labels into 2-D training slices, split by patient"
     res = curate(images, labels, out, parse_ids(label_id), test_fraction=test_fraction, seed=seed, patient=patient, image_suffix=image_suffix,
-        workers=workers, strict=strict, overwrite=overwrite, progress=progress, window=_parse_window(window), modality=modality, anatomy=anatomy,
+        series=series, colors=parse_pairs(colors, 'colors'), names=parse_pairs(names), workers=workers, strict=strict, overwrite=overwrite, progress=progress, window=_parse_window(window), modality=modality, anatomy=anatomy,
         low=low, high=high, size=size, min_pixels=min_pixels, fit=fit, flip=flip)
     print(res)
     return res

@@ -28,7 +28,7 @@ from .phantom import ORGANS, make_phantom
 from .predict import BOX_COLUMNS, Predictor
 from .prompt import Grid, check_box, line_to_box, mask_to_box
 from .sam import load_model
-from .volume import FLAT, MEDICAL, Volume, check_pair, find_cases, image_values, label_values, read_volume, split_name, write_mask
+from .volume import FLAT, MEDICAL, Volume, check_pair, find_cases, has_dicom, image_values, label_values, read_volume, split_name, write_mask
 
 # %% ../nbs/12_draw.ipynb #2f16c53e
 @dataclass
@@ -43,7 +43,7 @@ class DrawCase:
         _check_shape(vol.array)
         vol = replace(vol, array=image_values(vol.array, 'the image'))
         if isinstance(lab, np.ndarray): lab = _as_volume(lab, 'the label', label_values, vol)
-        elif lab is not None and not isinstance(lab, Volume): lab = read_volume(lab, kind='label', plane=vol.source.plane if vol.source.plane != 'image' else None)
+        elif lab is not None and not isinstance(lab, Volume): lab = read_volume(lab, kind='label', like=vol)
         if lab is None: return vol, None
         check_pair(vol, lab)
         return vol, replace(lab, array=label_values(lab.array, 'the label'))
@@ -61,7 +61,7 @@ def _as_volume(a, name, values=image_values, like=None):
     return Volume(values(a, name), (1,1,1) if like is None else like.spacing, name, source=None if like is None else like.source)
 
 # %% ../nbs/12_draw.ipynb #f6b7ca33
-def _pictures(folder): return sorted(p for p in folder.iterdir() if p.is_file() and split_name(p)[1] in MEDICAL+FLAT and not p.name.startswith('.'))
+def _pictures(folder): return sorted(p for p in folder.iterdir() if not p.name.startswith('.') and (has_dicom(p) or p.is_file() and split_name(p)[1] in MEDICAL+FLAT))
 
 def _cases_in(folder, labels):
     "The cases of a folder: images/ and labels/, image files, or one DICOM series."

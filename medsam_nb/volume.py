@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEDICAL', 'FLAT', 'PLANES', 'split_name', 'case_name', 'Geometry', 'display_axes', 'to_display', 'to_stored',
-           'display_geometry', 'choose_plane', 'Volume', 'image_values', 'label_values', 'read_volume', 'write_volume',
-           'write_mask', 'check_pair', 'Case', 'Cases', 'find_cases']
+           'display_geometry', 'choose_plane', 'say_names', 'Volume', 'check_colors', 'image_values', 'label_values',
+           'read_volume', 'write_volume', 'write_mask', 'check_pair', 'check_names', 'label_names', 'Case', 'Cases',
+           'has_dicom', 'find_cases']
 
 # %% ../nbs/02_volume.ipynb #7212cde6
 import re, struct, unicodedata, warnings, zlib
@@ -15,6 +16,7 @@ from dataclasses import dataclass, replace
 from itertools import permutations, product
 from pathlib import Path
 import numpy as np
+import pydicom
 import SimpleITK as sitk
 from PIL import Image
 from .core import InputError, atomic_path
@@ -46,6 +48,7 @@ class Geometry:
     direction:tuple # 4 or 9 numbers by rows; column j is where stored axis j points
     plane:str='axial' # axial, coronal, sagittal, or 'image' for a 2-D file
     header:bytes=b'' # geometry fields of a NIfTI-1 header, copied into masks
+    frame:str='' # frame of reference UID of a DICOM series
 
     def __repr__(self):
         s = ' x '.join(f'{x:.4g}' for x in self.spacing)
@@ -107,6 +110,13 @@ def choose_plane(g:Geometry)->str:
     return name[thick] if s[thick]>=1.499*np.delete(s, thick).max() else 'axial'
 
 # %% ../nbs/02_volume.ipynb #6119de5a
+def say_names(names, # label id -> name, or None
+              most:int=8 # names to list
+             )->str:
+    "The names of labels for a repr: ', names 1 liver, 2 spleen'; empty when there are none"
+    s = [f'{k} {v}' for k,v in sorted((names or {}).items())]
+    return f", names {', '.join(s[:most])}{', …' if len(s)>most else ''}" if s else ''
+
 @dataclass(repr=False, eq=False)
 class Volume:
     "A scan or label in display order, with its spacing and the geometry it was stored in"
@@ -115,6 +125,7 @@ class Volume:
     case:str='' # case id
     path:Path=None # file or folder it was read from
     source:Geometry=None # stored geometry; None: a plain axial grid at the origin
+    names:dict=None # label id -> name, for a label that came with names
 
     def __post_init__(self):
         self.spacing = np.asarray(self.spacing, float)
@@ -130,7 +141,7 @@ class Volume:
     def __repr__(self):
         mm = ' x '.join(f'{s:.3g}' for s in self.spacing)
         where = '2-D' if self.source.plane=='image' else f'spacing {mm} mm, {self.source.plane}'
-        return f'Volume {self.case!r}: {self.array.dtype} {self.array.shape}, {where}, values {self.array.min():.6g} to {self.array.max():.6g}'
+        return f'Volume {self.case!r}: {self.array.dtype} {self.array.shape}, {where}, values {self.array.min():.6g} to {self.array.max():.6g}{say_names(self.names)}'
 
     def show(self,
              z:int=None, # slice; None: the one with most of `mask`, else the middle one
@@ -261,6 +272,8 @@ def _check_positions(p:np.ndarray, # (n,3) positions of the first pixel, mm, sor
     if np.abs(np.abs(step)-mid).max()>.05*mid:
         i = int(np.argmax(np.abs(np.abs(step)-mid)))
         raise InputError(f'{path}: slices are {mid:.3g} mm apart, but {abs(step[i]):.3g} mm between {along[i]:.4g} and {along[i+1]:.4g} mm: is one missing? Complete the series or resample it')
+    off = np.abs(along-np.linspace(along[0], along[-1], len(along))).max()
+    if off>.25*mid: raise InputError(f'{path}: the slices are not evenly spaced (up to {off:.3g} mm off a straight grid): resample the series')
     side = p-np.outer(along, normal)
     if np.abs(side-side[0]).max()>1: raise InputError(f'{path}: the slices are shifted sideways against each other (a tilted gantry): resample the series to a straight grid')
 
@@ -270,42 +283,105 @@ def _found(folder)->str:
     names = sorted(p.name for p in Path(folder).iterdir() if not p.name.startswith('.'))
     return 'it is empty' if not names else f"it holds {len(names)} entr{'y' if len(names)==1 else 'ies'}, such as {', '.join(names[:3])}"
 
-def _read_series(path:Path):
-    "SimpleITK image of the one DICOM series in a folder"
+def _is_dicom(path:Path)->bool:
+    "Is it a DICOM file? It says so from byte 128 on"
+    if not path.is_file(): return False
+    with open(path, 'rb') as f: return f.read(132)[128:]==b'DICM'
+
+def _header(path)->pydicom.Dataset:
+    "A DICOM file's header, without its pixels"
+    try: return pydicom.dcmread(path, stop_before_pixels=True, force=True)
+    except (OSError, EOFError, ValueError, AttributeError, KeyError, NotImplementedError) as e: raise InputError(f'{path}: its DICOM header cannot be read ({e}): copy or download it again') from None
+
+def _pick(found:list, # header and files of each series
+          series, # number, UID or part of the description; None: there must be one only
+          path)->tuple:
+    "The header and files of the series that is meant; `InputError` lists them all when that is not clear"
+    say = lambda h: str(h.get('SeriesDescription') or '')
+    is_number,is_uid,is_part = (lambda h: str(h.get('SeriesNumber'))==s), (lambda h: h.SeriesInstanceUID==s or '.' in s and h.SeriesInstanceUID.endswith(s)), (lambda h: s.lower() in say(h).lower())
+    if series is None: got = found
+    else:
+        s = str(series).strip()
+        got = next((g for f in (is_number, is_uid, is_part) if s and (g:=[o for o in found if f(o[0])])), [])
+    if len(got)==1: return got[0]
+    what = f"{path} holds {len(found)} DICOM series" if series is None else f'{path}: series {series!r} fits {len(got) or "none"} of {len(found)} DICOM series'
+    all_ = '; '.join(f"number {h.get('SeriesNumber', '-')}, {say(h)!r}, {h.get('Modality', '?')}, {len(f)} slice{'s'*(len(f)!=1)}, UID …{h.SeriesInstanceUID[-12:]}" for h,f in found)
+    n = [str(h.get('SeriesNumber')) for h,_ in found]
+    ex = next((o for o in n if n.count(o)==1 and o.isdigit()), repr(found[0][0].SeriesInstanceUID))
+    raise InputError(f"{what}: {all_}: choose one by its number, its UID or a part of its description, for example series={ex} (--series {ex})")
+
+# %% ../nbs/02_volume.ipynb #a3c0d1e4
+def _tags(r, key:str)->list:
+    "A tag of every slice of a series reader as numbers; empty when a slice lacks it"
+    n = len(r.GetFileNames())
+    if not all(r.HasMetaDataKey(i, key) and r.GetMetaData(i, key).strip() for i in range(n)): return []
+    return [[float(x) for x in r.GetMetaData(i, key).split('\\')] for i in range(n)]
+
+def _check_series(im, r, path):
+    "Raise unless a series is a stack of parallel, evenly spaced grey slices"
+    if im.GetDimension()!=3 or im.GetNumberOfComponentsPerPixel()!=1: raise InputError(f"{path}: the series is no stack of grey slices (size {' x '.join(map(str,im.GetSize()))}, {im.GetNumberOfComponentsPerPixel()} values per voxel): convert it to NIfTI or NRRD first, or read it with kind='label' if it is a DICOM-SEG")
+    turn,p = _tags(r, '0020|0037'), _tags(r, '0020|0032')
+    if turn and np.ptp(turn, axis=0).max()>1e-3: raise InputError(f'{path}: the slices are turned against each other: is a localizer among them? Keep the slices of one stack')
+    d = np.reshape(im.GetDirection(), (3,3))
+    if len(p)>1: _check_positions(np.array(p), np.cross(d[:,0], d[:,1]), path)
+
+def _read_series(path:Path, series=None)->tuple:
+    "SimpleITK image of a DICOM series in a folder, and its frame of reference"
     with _Quiet():
-        ids = sitk.ImageSeriesReader.GetGDCMSeriesIDs(str(path))
-        if not ids: raise InputError(f'{path} is a folder without DICOM slices ({_found(path)}): give a file, or the folder that holds the slices')
-        if len(ids)>1: raise InputError(f'{path} holds {len(ids)} DICOM series: give a folder with one')
-        r = sitk.ImageSeriesReader()
-        r.SetFileNames(sitk.ImageSeriesReader.GetGDCMSeriesFileNames(str(path), ids[0]))
-        r.MetaDataDictionaryArrayUpdateOn()
-        try: im = r.Execute()
+        sr = sitk.ImageSeriesReader
+        files = [sr.GetGDCMSeriesFileNames(str(path), i) for i in sr.GetGDCMSeriesIDs(str(path))]
+        if not files: raise InputError(f'{path} is a folder without DICOM slices ({_found(path)}): give a file, or the folder that holds the slices')
+        head,names = _pick([(_header(f[0]), f) for f in files], series, path)
+        r = sr(); r.SetFileNames(names); r.MetaDataDictionaryArrayUpdateOn()
+        try:
+            im = r.Execute()
+            slope = _tags(r, '0028|1053')
+            if slope and np.ptp(slope)>0: r.SetOutputPixelType(sitk.sitkFloat32); im = r.Execute()
         except RuntimeError as e: raise _told(path, e) from None
-    n,key = len(r.GetFileNames()),'0020|0032'
-    if im.GetDimension()!=3 or im.GetNumberOfComponentsPerPixel()!=1: raise InputError(f"{path}: the series is no stack of grey slices (size {' x '.join(map(str,im.GetSize()))}, {im.GetNumberOfComponentsPerPixel()} values per voxel): convert it to NIfTI or NRRD first")
-    if n>1 and all(r.HasMetaDataKey(i, key) for i in range(n)):
-        p = np.array([[float(x) for x in r.GetMetaData(i, key).split('\\')] for i in range(n)])
-        d = np.reshape(im.GetDirection(), (3,3))
-        _check_positions(p, np.cross(d[:,0], d[:,1]), path)
-    return im
+    _check_series(im, r, path)
+    return im, str(head.get('FrameOfReferenceUID', ''))
 
 # %% ../nbs/02_volume.ipynb #73f6e113
-def _read_flat(path:Path, kind:str)->np.ndarray:
+def check_colors(colors)->dict: # '#rrggbb' -> id
+    "Colours of a mask and their ids, written in one way; `InputError` for what is no colour or no id"
+    out = {f"#{str(k).strip().lower().lstrip('#')}":v for k,v in dict(colors).items()}
+    bad = [f'{k}={v}' for k,v in out.items() if not re.fullmatch('#[0-9a-f]{6}', k) or not str(v).isdigit() or int(v)>65535]
+    if bad or not out: raise InputError(f"colors {', '.join(bad) or 'is empty'}: give colours as '#rrggbb' and their ids as whole numbers from 0 to 65535, for example '#ff0000' and 1")
+    return {k:int(v) for k,v in out.items()}
+
+def _by_color(a:np.ndarray, # (H,W,3) uint8
+              colors, # '#rrggbb' -> id; None: not told
+              path)->np.ndarray: # (H,W) uint16
+    "A colour mask as ids; `InputError` lists the colours that nobody gave an id"
+    found,at,n = np.unique(a.astype(np.uint32)@np.array([65536,256,1], np.uint32), return_inverse=True, return_counts=True)
+    ids = {'#000000':0}|check_colors(colors) if colors is not None else {}
+    name = [f'#{c:06x}' for c in found]
+    new = sorted(((k,c) for c,k in zip(n, name) if k not in ids), key=lambda o: -o[1])
+    if not new: return np.array([ids[k] for k in name], np.uint16)[at].reshape(a.shape[:2])
+    all_ = ', '.join(f'{k} ({c} px)' for k,c in new[:8])+(f' and {len(new)-8} more (smoothed edges? save the mask without smoothing)' if len(new)>8 else '')
+    if colors is not None: raise InputError(f"{path}: it has colours without an id: {all_}; known are {', '.join(ids)}: add them to colors, 0 is background")
+    some = [k for k,_ in new if k!='#000000'][:2]
+    raise InputError(f"{path}: a label needs one value per pixel, this is a colour picture with the colours {all_}: say which is which class, for example colors={ {k:i+1 for i,k in enumerate(some)} } (--colors '{','.join(f'{k}={i+1}' for i,k in enumerate(some))}')")
+
+# %% ../nbs/02_volume.ipynb #b4d1e2f4
+def _read_flat(path:Path, kind:str, colors=None)->np.ndarray:
     "(H,W) or (H,W,3) array of a picture file; alpha is dropped, palettes are colours in images and indices in labels"
     if kind=='label' and split_name(path)[1] in ('.jpg','.jpeg'): raise InputError(f'{path}: JPEG changes values, so it cannot hold labels: save the label map as PNG')
     try:
         with Image.open(path) as im:
             if getattr(im, 'n_frames', 1)>1: raise InputError(f'{path}: it holds {im.n_frames} pages: save one file per page, or the stack as NRRD or NIfTI')
+            if im.mode in ('LA','RGB','RGBA') and ';16' in str(im.tile): raise InputError(f'{path}: it has 16 bits in each of {len(im.mode)} channels, of which 8 would be lost: save it as 16-bit grey, or with 8 bits per channel')
+            if colors is not None and im.mode[0] in 'IF': raise InputError(f'{path}: colors were given, and this is a picture of mode {im.mode} without colours: leave them out')
             if im.mode=='1' and kind=='image': im = im.convert('L')
-            if im.mode in ('CMYK','YCbCr','LAB','HSV') or im.mode in ('P','PA') and kind=='image': im = im.convert('RGB')
+            if im.mode in ('CMYK','YCbCr','LAB','HSV') or im.mode in ('P','PA') and kind=='image' or colors is not None: im = im.convert('RGB')
             a = np.asarray(im)
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as e:
         if isinstance(e, InputError): raise
         raise InputError(f'{path}: it cannot be read as a picture ({str(e).replace(str(path), path.name)}): check that it opens in a viewer and was copied whole') from None
     if a.ndim==3: a = a[...,0] if a.shape[2]==2 else a[...,:3]
+    if colors is not None: return _by_color(a, colors, path)
     if a.ndim==3 and (a==a[...,:1]).all(): a = a[...,0]
-    if a.ndim==3 and kind=='label': raise InputError(f'{path}: a label needs one value per pixel, this is a colour picture: save class numbers 0, 1, 2, … as a grey PNG')
-    return a
+    return _by_color(a, None, path) if a.ndim==3 and kind=='label' else a
 
 # %% ../nbs/02_volume.ipynb #a76b6397
 def image_values(a:np.ndarray, where='the image')->np.ndarray:
@@ -336,9 +412,26 @@ def label_values(a:np.ndarray, where='the label')->np.ndarray:
     return a.astype(np.uint8 if hi<=255 else np.uint16, copy=False)
 
 # %% ../nbs/02_volume.ipynb #d9dde9ce
-def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with one DICOM series, PNG, JPEG, TIFF or BMP
+def _read_file(path:Path, kind:str, plane, series, colors)->Volume:
+    "A picture, a volume file or a DICOM series as a `Volume`"
+    ext,values = split_name(path)[1], image_values if kind=='image' else label_values
+    if path.is_dir(): (im,frame),header = _read_series(path, series), b''
+    elif ext in FLAT:
+        a = values(_read_flat(path, kind, colors), path)
+        return Volume(a[None], (1,1,1), case_name(path), path, Geometry(a.shape[1::-1], (1.,1.), (0.,0.), (1.,0.,0.,1.), 'image'))
+    else: (im,header),frame = _read_medical(path, ext), ''
+    g = replace(_geometry(im, path, header), frame=frame)
+    if g.plane!='image': g = replace(g, plane=plane or choose_plane(g))
+    a = values(sitk.GetArrayFromImage(im), path)
+    return Volume(to_display(a, g), display_geometry(g)['spacing'], path.name if path.is_dir() else case_name(path), path, g)
+
+def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with a DICOM series, PNG, JPEG, TIFF or BMP; for labels also a folder with one file per structure, or DICOM-SEG
                 kind:str='image', # 'image', or 'label' for whole numbers from 0
-                plane:str=None # axial, coronal, sagittal; None: across the thickest axis
+                plane:str=None, # axial, coronal, sagittal; None: that of `like`, else across the thickest axis
+                series=None, # which DICOM series of the folder: its number, its UID or a part of its description
+                like:Volume=None, # for labels: the image it belongs to; the label must lie on its grid. DICOM-SEG needs it
+                names:dict=None, # for structures and DICOM-SEG: name -> id, only these are read; None: ids 1, 2, … in the order of the names, or the segment numbers
+                colors:dict=None # for colour masks: '#rrggbb' -> id
                )->Volume:
     "Read a scan or label into display order (slice,row,column); `InputError` names the file and what is wrong with it"
     path = Path(path)
@@ -346,17 +439,46 @@ def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with one DICOM series, PN
     if plane not in (None, *PLANES): raise InputError(f'plane {plane!r} is not known: use one of {list(PLANES)}, or None')
     if not path.exists():
         raise InputError(f"{path} does not exist: check the name{f' (in its folder, {_found(path.parent)})' if path.parent.is_dir() else ' and the folder'}")
-    ext = split_name(path)[1]
-    if not (ext or path.is_dir()): raise InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, or a folder with one DICOM series")
-    values = image_values if kind=='image' else label_values
-    if ext in FLAT and not path.is_dir():
-        a = values(_read_flat(path, kind), path)
-        return Volume(a[None], (1,1,1), case_name(path), path, Geometry(a.shape[1::-1], (1.,1.), (0.,0.), (1.,0.,0.,1.), 'image'))
-    im,header = (_read_series(path),b'') if path.is_dir() else _read_medical(path, ext)
-    g = _geometry(im, path, header)
-    if g.plane!='image': g = replace(g, plane=plane or choose_plane(g))
-    a = values(sitk.GetArrayFromImage(im), path)
-    return Volume(to_display(a, g), display_geometry(g)['spacing'], path.name if path.is_dir() else case_name(path), path, g)
+    if kind=='image' and not like is names is colors is None: raise InputError(f"{path}: like, names and colors are for labels: pass kind='label'")
+    if like is not None and like.source.plane!='image': plane = like.source.plane
+    what = _label_kind(path) if kind=='label' else 'file'
+    if what!='file' and not series is colors is None: raise InputError(f"{path}: series and colors are not for {what}: leave them out")
+    if what=='DICOM-SEG': v = _read_seg(path, like, names)
+    elif what=='a folder of structures': v = _read_structures(path, plane, names, like)
+    else: v = _read_file(_check_kind(path, series, names, colors), kind, plane, series, colors)
+    if like is not None: check_pair(like, v)
+    return v
+
+def _check_kind(path:Path, series, names, colors)->Path:
+    "`path`, if it can be read and what was asked of it makes sense"
+    ext = '' if path.is_dir() else split_name(path)[1]
+    if not (ext or path.is_dir()):
+        if _is_dicom(path): raise InputError(f"{path}: this is a single DICOM file ({_header(path).get('Modality', 'of unknown modality')}): give the folder that holds the slices of its series; a single file can only be a DICOM-SEG, read with kind='label'")
+        raise InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, or a folder with a DICOM series")
+    if series is not None and ext: raise InputError(f'{path}: series {series!r} was asked for, but this is a file, not a folder of DICOM slices: leave it out')
+    if names is not None: raise InputError(f'{path}: names are for folders with one file per structure and for DICOM-SEG; this label holds numbers: leave them out')
+    if colors is not None and ext not in FLAT: raise InputError(f'{path}: colors are for pictures, and this is none: leave them out')
+    return path
+
+def _visible(folder:Path)->list:
+    "What a folder holds, without hidden files, by name"
+    return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+
+def _seg_file(path:Path):
+    "The DICOM-SEG that `path` is, or that is alone in the folder `path`; None when it is something else"
+    files = [p for p in _visible(path) if p.is_file()] if path.is_dir() else [path]
+    return files[0] if len(files)==1 and _is_dicom(files[0]) and _header(files[0]).get('Modality')=='SEG' else None
+
+def _structure_files(path:Path)->dict:
+    "Name -> file, for a folder with one label file per structure; empty for anything else"
+    if not path.is_dir(): return {}
+    files = [(unicodedata.normalize('NFC', split_name(p)[0]), p) for p in _visible(path) if p.is_file() and split_name(p)[1]]
+    if len(dict(files))<len(files): raise InputError(f"{path}: two files have one name ({', '.join(p.name for _,p in files)}): keep one file per structure")
+    return dict(sorted(files))
+
+def _label_kind(path:Path)->str:
+    "'DICOM-SEG', 'a folder of structures', or 'file' for all the rest"
+    return 'DICOM-SEG' if _seg_file(path) else 'a folder of structures' if _structure_files(path) else 'file'
 
 # %% ../nbs/02_volume.ipynb #57dd8fbf
 def _write_nifti(im, path:Path, ext:str, header:bytes):
@@ -416,13 +538,112 @@ def check_pair(volume:Volume, label:Volume):
             x,y = (np.round(i[k], 4).tolist() for i in (b,a))
             raise InputError(f'{names}: {k} {x} against {y}{unit}: {do}')
 
+# %% ../nbs/02_volume.ipynb #c5e2f3a5
+def check_names(names:dict)->dict:
+    "`names` (name -> id) with names in one Unicode form; `InputError` for ids that are not different whole numbers from 1"
+    out = {unicodedata.normalize('NFC', str(k)):v for k,v in dict(names).items()}
+    if not out or not all(str(v).isdigit() and 1<=int(v)<=65535 for v in out.values()) or len({int(v) for v in out.values()})<len(out):
+        raise InputError(f"names {names!r} cannot be used: give each name an id of its own, from 1 to 65535, for example dict(liver=1, spleen=2)")
+    return {k:int(v) for k,v in out.items()}
+
+def _want(have:list, names, path)->dict: # name -> id
+    "Those of `names` that are there, in the order of the ids"
+    got = {k:v for k,v in sorted(check_names(names).items(), key=lambda o: o[1]) if k in have}
+    if not got: raise InputError(f"{path}: none of {', '.join(names)} is there; it has {', '.join(map(str, have[:20]))}: use these names")
+    return got
+
+def _lay(out:np.ndarray, at, i:int, names:dict, path):
+    "Write id `i` at the index `at` of a label map; `InputError` where it holds another id already"
+    was = out[at]
+    if len(o:=was[(was!=0)&(was!=i)]): raise InputError(f'{path}: {names[int(o[0])]!r} and {names[i]!r} overlap in {len(o)} voxels, and a voxel has one label: mend one of them, or pass names with only those that you want')
+    out[at] = i
+
+def _label_map(shape, ids)->np.ndarray: return np.zeros(shape, np.uint8 if max(ids)<=255 else np.uint16)
+
+def _read_structures(path:Path, plane, names, like)->Volume:
+    "A folder with one label file per structure as one label map"
+    files = _structure_files(path)
+    ids = {k:i for i,k in enumerate(files, 1)} if names is None else _want(list(files), names, path)
+    known,res = {i:k for k,i in ids.items()}, None
+    for name,i in ids.items():
+        v = read_volume(files[name], 'label', plane, like=like)
+        if not np.isin(v.array, (0, v.array.max())).all(): raise InputError(f'{files[name]}: a file of one structure holds one value, this one holds the ids {np.setdiff1d(v.array, [0])[:10].tolist()}: is it a label map of its own? Put it directly into the folder of labels')
+        if res is None: res = replace(v, array=_label_map(v.shape, known), case=path.name, names=known)
+        check_pair(res, v)
+        _lay(res.array, v.array>0, i, known, path)
+    return replace(res, path=path)
+
+# %% ../nbs/02_volume.ipynb #c5e2f3a9
+def _frame_grid(seg, i:int, g:Geometry)->tuple:
+    "Frame `i` of a DICOM-SEG in voxels of the stored grid `g`: (3,) place of its first pixel, (3,2) steps along its rows and columns"
+    parts = seg.PerFrameFunctionalGroupsSequence[i], seg.SharedFunctionalGroupsSequence[0]
+    get = lambda k: next(getattr(p, k)[0] for p in parts if k in p)
+    along = np.reshape(get('PlaneOrientationSequence').ImageOrientationPatient, (2,3)).astype(float).T
+    dy,dx = (float(o) for o in get('PixelMeasuresSequence').PixelSpacing)
+    to = np.linalg.inv(np.reshape(g.direction, (3,3))*g.spacing)
+    return to@(np.array(get('PlanePositionSequence').ImagePositionPatient, float)-g.origin), to@(along*(dx,dy))
+
+def _frame_index(seg, i:int, mask:np.ndarray, like:Volume, path)->tuple:
+    "Where the set pixels of frame `i` lie in the stored array of `like`, as an index (z,y,x); `InputError` when they lie on no voxels"
+    first,step = _frame_grid(seg, i, like.source)
+    f0,s0 = np.rint(first).astype(int), np.rint(step).astype(int)
+    corners = np.array([[x,y] for x in (0,mask.shape[1]-1) for y in (0,mask.shape[0]-1)]).T
+    off = np.abs((first-f0)[:,None]+(step-s0)@corners).max()
+    if off>.05 or (np.abs(s0).sum(0)!=1).any():
+        raise InputError(f'{path}: frame {i+1} does not lie on the grid of the image {like.path or like.case}: its pixels are up to {off:.3g} voxels away from the nearest ones (another pixel size, orientation or position): give the series that it was drawn on')
+    y,x = np.nonzero(mask)
+    at = f0[:,None]+s0@np.array([x,y])
+    if ((at<0)|(at>=np.array(like.source.size)[:,None])).any():
+        raise InputError(f'{path}: frame {i+1} reaches beyond the image {like.path or like.case} ({" x ".join(map(str,like.source.size))} voxels): give the whole series that it was drawn on')
+    return tuple(at[::-1])
+
+# %% ../nbs/02_volume.ipynb #c5e2f3ab
+def _segments(h)->dict: return {int(s.SegmentNumber):str(s.get('SegmentLabel') or s.SegmentNumber) for s in h.SegmentSequence if s.SegmentNumber}
+
+def _seg_masks(seg, path):
+    "Frame index, segment number and mask (H,W) of every segment in every frame of a DICOM-SEG"
+    kind,top = seg.SegmentationType, int(seg.get('MaximumFractionalValue', 1))
+    for i,part in enumerate(seg.PerFrameFunctionalGroupsSequence):
+        f = seg.get_stored_frame(i+1)
+        if kind=='LABELMAP': yield from ((i, int(n), f==n) for n in np.unique(f) if n)
+        elif kind=='FRACTIONAL' and not np.isin(f, (0,top)).all(): raise InputError(f'{path}: it holds fractions, not segments: threshold them first')
+        else: yield i, int(next(p for p in (part, seg.SharedFunctionalGroupsSequence[0]) if 'SegmentIdentificationSequence' in p).SegmentIdentificationSequence[0].ReferencedSegmentNumber), f>0
+
+def _read_seg(path:Path, like:Volume, names)->Volume:
+    "A DICOM-SEG as a label map on the grid of the image `like`"
+    if like is None: raise InputError(f"{path} is a DICOM-SEG, which only makes sense on its image: give that as like, for example read_volume('seg.dcm', kind='label', like=read_volume('series_folder'))")
+    if len(like.source.size)!=3: raise InputError(f'{path}: a DICOM-SEG cannot be laid on {like.path or like.case}, which has no place in the room: give the DICOM series or volume that it was drawn on')
+    file,g = _seg_file(path),like.source
+    import highdicom
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            seg = highdicom.seg.segread(file)
+            known,frame = _segments(seg), str(seg.get('FrameOfReferenceUID', ''))
+            if g.frame and frame and g.frame!=frame: raise InputError(f'{path}: its frame of reference (…{frame[-12:]}) is not that of the image {like.path} (…{g.frame[-12:]}): give the series that it was drawn on')
+            want = names and _want(list(known.values()), names, path)
+            ids = {n:n if names is None else want[k] for n,k in known.items() if names is None or k in want}
+            out,said = _label_map(g.size[::-1], ids.values()), {i:known[n] for n,i in ids.items()}
+            for i,n,mask in _seg_masks(seg, path):
+                if n in ids and mask.any(): _lay(out, _frame_index(seg, i, mask, like, path), ids[n], said, path)
+    except InputError: raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError, OSError, StopIteration) as e:
+        raise InputError(f'{path}: this DICOM-SEG cannot be read ({type(e).__name__}: {str(e)[:150]}): convert it to NIfTI first, or write it anew') from None
+    return Volume(to_display(out, g), like.spacing, path.name.removesuffix('.dcm'), path, g, said)
+
+# %% ../nbs/02_volume.ipynb #c5e2f3b0
+def label_names(path)->list: # (id, name) pairs; the id is None for structures, whose ids are a matter of choice
+    "The names that a label brings along: structures of a folder, segments of a DICOM-SEG; empty for other labels"
+    path = Path(path)
+    return sorted(_segments(_header(f)).items()) if (f:=_seg_file(path)) else [(None,k) for k in _structure_files(path)]
+
 # %% ../nbs/02_volume.ipynb #f6552b22
 @dataclass(frozen=True)
 class Case:
-    "An image file and its label file"
+    "An image and its label, as files or folders"
     case:str # case id
-    image:Path # file of the image
-    label:Path # file of the label
+    image:Path # file of the image, or folder of its DICOM series
+    label:Path # file of the label, or folder of its structures
 
 class Cases(list):
     "A list of `Case`; files without a partner are in `unpaired`"
@@ -433,28 +654,52 @@ class Cases(list):
         return '\n'.join([f"{len(self)} case{'s'*(len(self)!=1)}, {len(self.unpaired)} file{'s'*(len(self.unpaired)!=1)} without a partner"]
                          + [f'{c.case}: {c.image.name} + {c.label.name}' for c in self[:10]] + ['…']*(len(self)>10))
 
+def has_dicom(folder)->bool:
+    "Is it a folder that holds DICOM files?"
+    return Path(folder).is_dir() and any(_is_dicom(p) for p in _visible(Path(folder)) if not split_name(p)[1])
+
+def _is_case(p:Path, what:str)->bool:
+    "Can `p` be one of the images or labels?"
+    if p.is_dir(): return has_dicom(p) or what=='labels' and any(split_name(q)[1] for q in _visible(p))
+    return bool(split_name(p)[1]) or what=='labels' and p.suffix.lower()=='.dcm'
+
 def _files(folder, what:str)->list:
-    "Files with a known extension in a folder, by name"
+    "Files with a known extension, and folders that are cases, in a folder, by name"
     folder = Path(folder)
     if not folder.exists(): raise InputError(f'the folder of {what}, {folder}, does not exist: check the name')
     if not folder.is_dir(): raise InputError(f'{folder} is a file: give the folder that holds the {what}')
-    res = sorted(p for p in folder.iterdir() if p.is_file() and split_name(p)[1] and not p.name.startswith('.'))
-    if not res: raise InputError(f"no {what} in {folder}: looked for files ending in {' '.join(MEDICAL+FLAT)}; {_found(folder)}")
+    res = [p for p in _visible(folder) if _is_case(p, what)]
+    if not res: raise InputError(f"no {what} in {folder}: looked for files ending in {' '.join(MEDICAL+FLAT)} and for folders with {'DICOM slices' if what=='images' else 'structures or a DICOM-SEG'}; {_found(folder)}")
     return res
 
+def _names(p:Path, suffix:str='')->tuple: # name, case id
+    "Name of a file without extension, or of a folder, and the same without `suffix`"
+    name = p.name if p.is_dir() else p.stem if p.suffix.lower()=='.dcm' else split_name(p)[0]
+    name,suffix = (unicodedata.normalize('NFC', o) for o in (name, suffix))
+    return name, name[:-len(suffix)] if suffix and name.endswith(suffix) and name!=suffix else name
+
 # %% ../nbs/02_volume.ipynb #72e8d66f
-def find_cases(images, # folder of images
-               labels, # folder of labels
+def _one_case(images:Path, labels:Path, suffix:str)->Case:
+    "The case of a folder that is a DICOM series; its label is the entry of `labels` with its name, or `labels` as a whole"
+    if not labels.exists(): raise InputError(f'the labels, {labels}, do not exist: {images} is one DICOM series, give the file or folder of its label')
+    name,case = _names(images.resolve(), suffix)
+    fit = [p for p in _visible(labels) if _is_case(p, 'labels') and _names(p)[0] in (name, case)] if labels.is_dir() else [labels]
+    if len(fit)>1: raise InputError(f"case {case!r} has several labels: {', '.join(p.name for p in fit)}: keep one")
+    return Case(case, images, fit[0] if fit else labels)
+
+def find_cases(images, # folder of images, each a file or a folder with a DICOM series; or one such folder
+               labels, # folder of labels, each a file or a folder of structures; for one DICOM series also its label alone
                image_suffix:str='_0000' # ending of image names that labels do not have
               )->Cases:
     "Pair images with labels by name; `InputError` when nothing pairs or a name pairs twice, a warning for files left over"
-    if Path(images).resolve()==Path(labels).resolve(): raise InputError(f'images and labels are one folder ({images}): put them into two')
+    images,labels = Path(images),Path(labels)
+    if images.resolve()==labels.resolve(): raise InputError(f'images and labels are one folder ({images}): put them into two')
+    if has_dicom(images): return Cases([_one_case(images, labels, image_suffix)])
     ims,labs = _files(images, 'images'), _files(labels, 'labels')
-    norm = lambda s: unicodedata.normalize('NFC', s)
     by_name,by_case = defaultdict(list),defaultdict(list)
-    for p in labs: by_name[norm(split_name(p)[0])].append(p)
+    for p in labs: by_name[_names(p)[0]].append(p)
     for p in ims:
-        stem,case = norm(split_name(p)[0]), norm(case_name(p, image_suffix))
+        stem,case = _names(p, image_suffix)
         for name in dict.fromkeys((stem, case)):
             for q in by_name.get(name, ()): by_case[case].append((p,q))
     for case,pairs in by_case.items():

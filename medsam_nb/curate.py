@@ -656,6 +656,7 @@ def curate(
     folder = (Path(out) if out is not None else data_dir('npz')).absolute()/recipe.name
     patients = {c.case:patient_of(c.case, patient) for c in cases}
     split_cases([], fraction=test_fraction)
+    if workers!=int(workers) or workers<1 and workers!=-1: raise InputError(f'workers is {workers}: give a number of processes, or -1 for one per core')
     old = read_split(folder) if (folder/'split.csv').exists() else pd.DataFrame(columns=_COLUMNS)
     _check_patients(old, patients)
     done = _done_files(folder)

@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 from .core import InputError, atomic_path, command, data_dir, sha256_array, work_dir
-from .curate import Recipe, count_drops, curate_case, fit_shape, intensity_limits, normalize, parse_ids, patient_of, _parse_window
+from .curate import Recipe, count_drops, curate_case, fit_shape, intensity_limits, normalize, parse_ids, parse_pairs, patient_of, _how_to_read, _merge_names, _names_of, _parse_window
 from .show import show_grid
-from .volume import Case, Cases, Volume, case_name, check_pair, display_geometry, find_cases, read_volume, split_name
+from .volume import Case, Cases, Volume, case_name, check_colors, check_names, check_pair, display_geometry, find_cases, read_volume, split_name
 
 # %% ../nbs/14_doctor.ipynb #e0d00009
 LEVELS = dict(error='the run would stop, lose these cases, or give wrong numbers', warning='it would run, and probably not do what you want', note='worth knowing')
@@ -108,6 +108,10 @@ class Folder:
     recipe:Recipe=None # how it would be curated
     label_ids:object='all' # ids wanted, or 'all'
     patient:str=None # pattern for the patient in a case name
+    series:str=None # which DICOM series
+    given:dict=None # name -> id of structures and segments, as asked for
+    colors:dict=None # '#rrggbb' -> id
+    clash:str='' # why the names of the labels contradict each other
     rows:list=field(default_factory=list) # one dict per case, for the table of cases
     ids:list=field(default_factory=list) # one dict per case and label id
     needs:dict=field(default_factory=dict) # what the run needs, where it was measured
@@ -161,6 +165,10 @@ def list_folder(
     return Folder(images, labels, suffix, list(cases), left, ignored, twice, near, guessed)
 
 # %% ../nbs/14_doctor.ipynb #e0d00011
+@rule('files', 'error')
+def _names_clash(f):
+    if f.clash: yield Found(f.clash, 'say which is which with --names')
+
 @rule('files', 'error')
 def _no_pairs(f):
     if not (f.cases or f.twice): yield Found(f'no image pairs with a label: {_some([p.name for p in _readable(f.images)], 3)} against {_some([p.name for p in _readable(f.labels)], 3)}', 'name each label like its image, with or without the suffix, and give that as --image_suffix')
@@ -226,10 +234,11 @@ class Exam:
     label:Volume=None # None: unreadable
     raw:Volume=None # a label that cannot be one, read as an image
     errors:dict=field(default_factory=dict) # 'image', 'label', 'pair' or 'curate' -> the sentence
+    how:dict=field(default_factory=dict) # series, names and colors for `read_volume`
 
     def __post_init__(self):
-        self.image = self._try('image', self.case.image)
-        how = {} if split_name(self.case.label)[1] else dict(like=self.image) # a folder, or DICOM-SEG: it is laid on the grid of its image
+        self.image = self._try('image', self.case.image, series=self.how.get('series'))
+        how = {k:self.how.get(k) for k in ('names','colors')} | ({} if split_name(self.case.label)[1] else dict(like=self.image)) # a folder, or DICOM-SEG: it is laid on the grid of its image
         self.label = self._try('label', self.case.label, **how)
         if self.label is None: self.raw = self._try('label', self.case.label, 'image')
         if not self.errors:
@@ -722,6 +731,7 @@ def _next_command(f:Folder)->str:
     opts |= {k:(getattr(r, k), getattr(d, k)) for k in ('low','high','size','min_pixels','fit','flip')}
     there = {o['id'] for o in f.ids}
     ids = ','.join(map(str, r.label_ids)) if f.label_ids!='all' else str(*there) if len(there)==1 else 'all'
+    opts |= {k:(','.join(f'{a}={b}' for a,b in v.items()) if isinstance(v, dict) else v, None) for k,v in dict(series=f.series, names=f.given, colors=f.colors).items()}
     text = ['medsam_curate', str(f.images), str(f.labels), '--label_id', ids]
     if r.window!=d.window: text.append('--window='+('percentile' if r.window is None else r.window if isinstance(r.window, str) else ','.join(f'{o:g}' for o in r.window)))
     for k,(v,default) in opts.items():
@@ -763,6 +773,13 @@ def _letter(r:Report):
     yield from ('', f"{'When the errors are mended' if r.errors else 'Next'}: {_next_command(f)}")
 
 # %% ../nbs/14_doctor.ipynb #e0d00031
+def _reading(f:Folder)->dict:
+    "case -> arguments of `read_volume`, with one list of names over all cases as in curation"
+    found = {c.case:_names_of(c.label) for c in f.cases}
+    try: ids = _merge_names(found, f.given, {})
+    except InputError as e: ids,f.clash = {},' '.join(str(e).split())
+    return {c:_how_to_read(pairs, ids, f.given, f.series, f.colors) if not f.clash else dict(series=f.series, colors=f.colors) for c,pairs in found.items()}
+
 def _row(x:Exam)->dict:
     "A case's row of the table of cases"
     im,(arrays,drops) = x.image,x.curated
@@ -793,6 +810,9 @@ def examine(
     patient:str=None, # regular expression for the patient in a case name
     image_suffix:str='_0000', # what image names have more than label names
     quick:bool=False, # leave out the measuring of disk and time
+    series=None, # which DICOM series, where a folder holds several
+    names:dict=None, # for structures and DICOM-SEG: name -> id
+    colors:dict=None, # for colour masks: '#rrggbb' -> id
     model:str='lite', # model of the zoo, for the measuring
     checkpoint=None, # a .pth file instead of the zoo's weights
     device=None, # 'cpu', 'cuda', 'mps' or None: the best there is
@@ -809,10 +829,12 @@ def examine(
         except re.error as e: raise InputError(f'patient pattern {patient!r} is not a regular expression: {e}') from None
     f = list_folder(images, labels, image_suffix)
     f.recipe,f.label_ids,f.patient = recipe,'all' if everything else recipe.label_ids,patient
+    f.series,f.given,f.colors = series if series is None else str(series), names and check_names(names), colors and check_colors(colors)
+    how = _reading(f)
     found,thumbs,samples,seconds = _ask('files', f),[],[],0.
     for c in tqdm(f.cases, desc='examine', disable=not progress):
         start = time.perf_counter()
-        x = Exam(c, recipe, f.label_ids)
+        x = Exam(c, recipe, f.label_ids, how=how[c.case])
         kept = x.kept
         seconds += time.perf_counter()-start
         found += _ask('case', x, c.case)
@@ -855,6 +877,9 @@ def medsam_doctor(
     flip:str=None, # turn rows (ud), columns (lr) or both (udlr) first
     patient:str=None, # regular expression for the patient in a case name
     image_suffix:str='_0000', # what image names have more than label names
+    series:str=None, # which DICOM series, where a folder holds several: number, UID or a part of the description
+    colors:str=None, # ids of the colours of a mask: '#ff0000=1,#00ff00=2'
+    names:str=None, # ids of structures or segments: liver=1,spleen=2
     quick:bool=False, # leave out the measuring of disk and time
     model:str='lite', # model for the measuring: lite, vit_b, vit_l, vit_h, medsam
     checkpoint:str=None, # a .pth file instead of the zoo's weights
@@ -869,7 +894,7 @@ def medsam_doctor(
     if split_name(sheet)[1]!='.png': raise InputError(f'out {sheet} must end in .png')
     _outside(sheet, images, labels, 'out', out is None, overwrite)
     if json not in (None, '-'): _outside(json, images, labels, 'json', False, overwrite)
-    res = examine(images, labels, label_ids=parse_ids(label_id), patient=patient, image_suffix=image_suffix, quick=quick, model=model, checkpoint=checkpoint, device=device, progress=progress,
+    res = examine(images, labels, label_ids=parse_ids(label_id), patient=patient, image_suffix=image_suffix, series=series, colors=parse_pairs(colors, 'colors'), names=parse_pairs(names), quick=quick, model=model, checkpoint=checkpoint, device=device, progress=progress,
         modality=modality, window=_parse_window(window), low=low, high=high, size=size, min_pixels=min_pixels, fit=fit, flip=flip)
     say = (lambda s: None) if json=='-' else print
     say(res)

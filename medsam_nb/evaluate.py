@@ -7,7 +7,6 @@ __all__ = ['SLACKS', 'draw_boxes', 'score', 'evaluate_case', 'bootstrap_mean', '
            'show_curve', 'Evaluation', 'evaluate', 'medsam_evaluate']
 
 # %% ../nbs/11_evaluate.ipynb #e0ca84a1
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +16,7 @@ import torch
 from scipy.stats import wilcoxon
 from tqdm.auto import tqdm
 
-from .core import InputError, atomic_path, command, pick_device, work_dir
+from .core import InputError, atomic_path, command, pick_device, read_json, work_dir
 from .curate import CuratedCase, find_npz, parse_ids, patients_of, read_npz
 from .embed import EmbeddingStore, case_grid, default_store
 from .metrics import dsc, nsd
@@ -245,7 +244,8 @@ def evaluate(
     run = work_dir(run) if len(Path(run).parts) == 1 else Path(run)
     for f in ('config.json', 'best.pth'):
         if not (run/f).exists(): raise InputError(f"{run} has no {f}: it is not a run of finetune, or not one that has begun. Fine-tune first.")
-    cfg, dev = json.loads((run/'config.json').read_text(encoding='utf-8')), pick_device(device)
+    if not 0 <= tolerance < np.inf: raise InputError(f"tolerance is {tolerance}; it has to be 0 mm or more.")
+    cfg, dev = read_json(run/'config.json'), pick_device(device)
     models = {'pretrained': load_model(cfg['model'], cfg['checkpoint'], dev), 'fine-tuned': load_model(cfg['model'], run/'best.pth', dev)}
     emb = EmbeddingStore(store or default_store(npz, cfg['model']), wanted=dict(model=cfg['model'], encoder_sha256=models['pretrained'].encoder_sha256))
     cases, who = [read_npz(f) for f in find_npz(npz, part)], patients_of(npz)

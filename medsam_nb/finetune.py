@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
 from . import __version__
-from .core import InputError, atomic_path, command, pick_device, seed_everything, work_dir
+from .core import InputError, atomic_path, command, pick_device, read_json, seed_everything, work_dir
 from .curate import find_npz, parse_ids, patients_of, read_npz
 from .embed import EmbeddingStore, case_provenance, default_store
 from .prompt import Grid, instances, mask_to_box, perturb_box
@@ -174,7 +174,7 @@ class Config:
         return self
 
 # %% ../nbs/10_finetune.ipynb #bf86eb43
-def _read_config(run): return json.loads((run/'config.json').read_text(encoding='utf-8'))
+def _read_config(run): return read_json(run/'config.json')
 
 def _open_run(run, cfg, facts):
     "Make the run folder with its config.json, or check that it holds the same run (more epochs are fine)."

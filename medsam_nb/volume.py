@@ -9,7 +9,7 @@ __all__ = ['MEDICAL', 'FLAT', 'PLANES', 'split_name', 'case_name', 'Geometry', '
            'has_dicom', 'find_cases']
 
 # %% ../nbs/02_volume.ipynb #7212cde6
-import re, struct, unicodedata, warnings, zlib
+import errno, re, struct, unicodedata, warnings, zlib
 import gzip
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -487,9 +487,17 @@ def _write_nifti(im, path:Path, ext:str, header:bytes):
     sitk.WriteImage(im, str(plain))
     b = bytearray(plain.read_bytes())
     plain.unlink()
+    if len(b)<352+sitk.GetArrayViewFromImage(im).nbytes: raise OSError(errno.ENOSPC, 'no space left', path.name) # ITK's NIfTI writer does not notice
     for i,j in _NIFTI_GEOMETRY if header else ():
         b[i:j],header = header[:j-i],header[j-i:]
     path.write_bytes(gzip.compress(b, 4, mtime=0) if ext=='.nii.gz' else b)
+
+def _check_written(path:Path, a:np.ndarray):
+    "Raise unless what was written reads back"
+    with _Quiet():
+        try: ok = np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), a)
+        except RuntimeError: ok = False
+    if not ok: raise OSError(errno.ENOSPC, 'what was written does not read back, no space left', path.name)
 
 def write_volume(v:Volume, # any Volume; `v.source` says where its voxels belong
                  path, # .nii.gz, .nii, .nrrd or .mha; for a 2-D image also .png, .tif
@@ -513,6 +521,7 @@ def write_volume(v:Volume, # any Volume; `v.source` says where its voxels belong
         try:
             with _Quiet(): _write_nifti(im, tmp, ext, g.header) if ext.startswith('.nii') else sitk.WriteImage(im, str(tmp), True)
         except RuntimeError as e: raise _told(path, e) from None
+        _check_written(tmp, a)
     return path
 
 # %% ../nbs/02_volume.ipynb #73a32376

@@ -73,7 +73,7 @@ fault('labels in colour', CURATE+' --modality Photo', 'colour', both(pngs('RGB')
 fault('a truncated picture', CURATE+' --modality Photo', r'a\.png', both(pngs(), cut('raw/images/a.png')))
 # curation: options
 for option, words in {'--label_id liver':'liver', '--label_id 0':'label_ids', '--label_id 77':'77|no slice', '--window lung':'lung', '--window medsam --modality MR':'Hounsfield', '--low 99 --high 5 --window percentile':'low', '--size 0':'size',
-                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip', '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy', '--workers 0':'workers'}.items():
+                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip', '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy', '--workers 0':'workers', '--workers -4':'workers'}.items():
     fault(f'curate {option}', f'{CURATE} {option}', words)
 # the disk's own refusals
 fault('an image nobody may read', CURATE, r'a_0000\.nii\.gz', lambda d: (d/IMG).chmod(0), nobody=True)

@@ -10,7 +10,7 @@ LIB = ROOT/'medsam_nb'
 sys.path.insert(0, str(ROOT/'tools'))
 import pins
 
-ORDER = 'core show volume phantom curate prompt sam embed predict metrics finetune evaluate draw export'.split()
+ORDER = 'core show volume phantom curate prompt sam embed predict metrics finetune evaluate draw segment export'.split()
 MB = 1_000_000
 
 @lru_cache(None)
@@ -182,7 +182,7 @@ def test_modules_are_chapters():
 def test_imports_go_upwards(path):
     assert {o for o in imported(path) if ORDER.index(o) >= ORDER.index(path.stem)} == set()
 
-@pytest.mark.parametrize('name', ['predict', 'draw'])
+@pytest.mark.parametrize('name', ['predict', 'draw', 'segment'])
 def test_prediction_never_needs_training(name):
     if not (LIB/f'{name}.py').exists(): pytest.skip(f'medsam_nb/{name}.py is not written yet')
     seen, todo = set(), {name}

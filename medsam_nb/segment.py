@@ -56,7 +56,7 @@ def _prompts_of(row, volume):
     zs, label = _slices_of(row, volume.shape[0]), _whole(row, 'label', 1, 65535, 'it is a whole number from')
     four, shape = [_number(row, k) for k in BOX_COLUMNS[2:]], volume.shape[1:]
     box = check_box(four, shape) if kind == 'box' else ask(dict(kind=kind, line=four), shape, volume.spacing)['box']
-    name = '3-D box' if kind == 'box' and isinstance(zs, range) else kind
+    name = 'oracle box' if row.get('prompt') == 'oracle box' else '3-D box' if kind == 'box' and isinstance(zs, range) else kind
     return [dict(zip(BOX_COLUMNS, (z, label, *map(float, box))), prompt=name) for z in zs]
 
 # %% ../nbs/13_segment.ipynb #3f0a1c14
@@ -69,9 +69,9 @@ def _csv_rows(text):
     names = reader.fieldnames = [str(n).strip().lower() for n in reader.fieldnames or []]
     miss = [n for n in NEEDED if n not in names]+([] if 'z' in names or {'z0','z1'} <= set(names) else ['z'])
     if miss: raise InputError(f"it lacks the columns {miss}; it has {names[:12]}. Needed are {', '.join(BOX_COLUMNS)}; z0 and z1 may stand for z.")
-    if (twice := [n for n in names if names.count(n) > 1]): raise InputError(f"it has the column {twice[0]!r} twice.")
+    if (twice := [n for n in names if n and names.count(n) > 1]): raise InputError(f"it has the column {twice[0]!r} twice.")
     rows = list(reader)
-    if (long := [i for i, r in enumerate(rows, 1) if None in r]): raise InputError(f"row {long[0]}: it has {len(names)+len(rows[long[0]-1][None])} fields, and there are {len(names)} columns.")
+    if (long := [i for i, r in enumerate(rows, 1) if any(r.pop(None, ()))]): raise InputError(f"row {long[0]}: it has more fields than the {len(names)} columns.")
     return rows
 
 def _json_rows(text):
@@ -97,6 +97,7 @@ def _table(rows, volume):
     "Rows as a table; a row that cannot be meant is an `InputError` with its number."
     out, seen = [], {}
     for i, row in enumerate(rows, 1):
+        if row and all(v in (None, '') for v in row.values()): continue   # an empty row of a spreadsheet
         try: new = _prompts_of({str(k).strip().lower(): v for k, v in row.items()}, volume)
         except InputError as e: raise InputError(f"row {i}: {e}") from None
         for p in new:
@@ -179,7 +180,9 @@ class Segmentation:
     label:Volume=None    # ground truth
     recipe:Recipe=None   # what the model saw
     @property
-    def what(self): return 'oracle boxes' if (self.prompts.prompt == 'oracle box').all() else 'prompts'
+    def what(self):
+        o = self.prompts.prompt == 'oracle box'
+        return 'oracle boxes' if o.all() else 'prompts (oracle boxes among them)' if o.any() else 'prompts'
     def __repr__(self):
         first = f"Segmentation of {self.volume.case!r} from {len(self.prompts)} {self.what} on {self.prompts.z.nunique()} slices: {np.count_nonzero(self.mask)} voxels"
         return first if self.scores is None else f'{first}\n{self.scores.round(3).to_string(index=False)}'
@@ -231,7 +234,7 @@ def segment(
     if not 0 <= tolerance < np.inf: raise InputError(f"tolerance is {tolerance}: give a distance of 0 mm or more.")
     if label is not None: check_pair(volume, label)
     t = oracle_boxes(label, label_ids).assign(prompt='oracle box') if boxes is None else boxes
-    if 'prompt' not in t: t = t.assign(prompt='box')
+    t = t.assign(prompt=t.get('prompt', 'box'))[[c for c in (*BOX_COLUMNS, 'prompt', 'points', 'point_labels') if c in t or c == 'prompt']]
     if label_ids is not None and not len(t := t[t.label.isin(label_ids)]): raise InputError(f"No box is of the labels {list(label_ids)}; there are boxes of {sorted(boxes.label.unique())}.")
     predictor = predictor if isinstance(predictor, Predictor) else Predictor(predictor)
     mask, done = np.zeros(volume.shape, np.uint16), []

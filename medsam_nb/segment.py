@@ -331,4 +331,4 @@ def medsam_predict(
     seg = segment(volume, table, label, Predictor(model, checkpoint, device), recipe, ids, tolerance)
     paths = seg.save(out, overwrite)
     if seg.scores is not None: print(f'{volume.case}: DSC and NSD over the whole volume, {seg.what}\n{seg.scores.round(3).to_string(index=False)}')
-    print(f"{len(seg.prompts)} {seg.what}, {np.count_nonzero(seg.mask)} voxels, written to {out}; beside it {', '.join(p.name for k, p in paths.items() if k != 'mask')}")
+    print(f"{len(seg.prompts)} {seg.what if len(seg.prompts) > 1 else seg.what[:-1] if seg.what == 'prompts' else 'oracle box'}, {np.count_nonzero(seg.mask)} voxels, written to {out}; beside it {', '.join(p.name for k, p in paths.items() if k != 'mask')}")

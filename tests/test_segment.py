@@ -333,7 +333,7 @@ def test_command_reads_boxes_and_never_overwrites(tmp_path, capsys):
     assert tree(tmp_path)==before
     medsam_predict(out=str(tmp_path/'m.nrrd'), boxes=str(tmp_path/'b.csv'), labels=str(tmp_path/'l.nii.gz'), tolerance=2., overwrite=True, **args)
     out = capsys.readouterr().out
-    assert '1 prompts' in out and 'oracle' not in out and pd.read_csv(tmp_path/'m_scores.csv')[['missed','tolerance']].values.tolist() == [[1,2]]
+    assert '1 prompt,' in out and 'oracle' not in out and pd.read_csv(tmp_path/'m_scores.csv')[['missed','tolerance']].values.tolist() == [[1,2]]
     assert not read_volume(tmp_path/'m.nrrd', kind='label').array[1].any() and tree(tmp_path).keys()==before.keys()
 
 @pytest.mark.parametrize('change, match', [(dict(), 'Give boxes .* or labels'), (dict(boxes='none.csv'), 'no box file at none.csv'), (dict(labels='L', label_id='liver'), "label_id 'liver'"), (dict(labels='L', interpolate=True), 'interpolate needs boxes'), (dict(labels='L', flip='up'), "flip"), (dict(labels='L', fit='crop'), 'fit'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'DISPLAY', 'DrawCase', 'list_cases', 'guess_recipe', 'stored_slices', 'SliceEmbedder', 'model_image',
-           'check_prompt', 'Answer', 'Session', 'read_prompts', 'Canvas', 'display_windows', 'Annotator', 'annotate']
+           'Answer', 'Session', 'Canvas', 'display_windows', 'Annotator', 'annotate']
 
 # %% ../nbs/12_draw.ipynb #a2b7a8d8
-import json, re, threading, time, traceback
+import json, threading, time, traceback
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -25,8 +25,8 @@ from .curate import Recipe, WINDOWS, intensity_limits, rescale, resize_image, so
 from .embed import EmbeddingStore, encode
 from .metrics import dsc, nsd
 from .phantom import ORGANS, make_phantom
-from .predict import BOX_COLUMNS, Predictor
-from .prompt import Grid, check_box, line_to_box, mask_to_box
+from .predict import BOX_COLUMNS, Predictor, ask, check_prompt, check_prompts, read_prompts
+from .prompt import Grid, mask_to_box
 from .sam import load_model
 from .volume import FLAT, MEDICAL, Volume, check_pair, find_cases, has_dicom, image_values, label_values, read_volume, split_name, write_mask
 
@@ -197,31 +197,6 @@ def _work(self:SliceEmbedder):
         try: self.on_ready(z, error)
         except Exception: traceback.print_exc()   # the thread has to live on
 
-# %% ../nbs/12_draw.ipynb #88c482ec
-def check_prompt(
-    prompt:dict, # {'kind':'box', 'box':[4]}, {'kind':'line', 'line':[4]} or {'kind':'points', 'points':[[2],…], 'labels':[1,0,…]}
-    shape:tuple  # (H,W) of the slice
-)->dict: # the same with plain floats, boxes clipped to the slice; errors: `InputError`
-    "A prompt that can be used, in image pixels."
-    kind = prompt.get('kind') if isinstance(prompt, dict) else None
-    extra = {'carried': True} if kind and prompt.get('carried') else {}
-    if kind == 'box': return dict(kind=kind, box=[float(v) for v in check_box(prompt.get('box'), shape)], **extra)
-    if kind == 'line':
-        line_to_box(prompt.get('line'), shape)
-        return dict(kind=kind, line=[float(v) for v in prompt['line']], **extra)
-    if kind != 'points': raise InputError(f"A prompt is {prompt!r}: its kind has to be 'box', 'line' or 'points'.")
-    points, labels = np.asarray(prompt.get('points'), float), prompt.get('labels')
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or (points < 0).any() or (points > shape[1::-1]).any(): raise InputError(f"The points {prompt.get('points')!r} are not x y pairs inside the slice (width {shape[1]}, height {shape[0]}).")
-    if not isinstance(labels, (list,tuple)) or len(labels) != len(points) or not set(labels) <= {0,1}: raise InputError(f"The labels {labels!r} have to be one 0 (background) or 1 (foreground) per point; there are {len(points)}.")
-    return dict(kind=kind, points=points.tolist(), labels=[int(l) for l in labels], **extra)
-
-def _ask(prompt, shape, spacing=(1,1)):
-    "The arguments of `Predictor.predict` for a prompt; the box of a diameter is made in millimetres."
-    if prompt['kind'] == 'points': return dict(points=prompt['points'], labels=prompt['labels'])
-    if prompt['kind'] == 'box': return dict(box=prompt['box'])
-    k = np.array([1, spacing[-2]/spacing[-1]]*2)
-    return dict(box=line_to_box(prompt['line']*k, (shape[0]*k[1], shape[1]))/k)
-
 # %% ../nbs/12_draw.ipynb #4d6c09ef
 COLOURS = ['#ff9500', '#0a84ff', '#30d158', '#ff375f', '#bf5af2', '#64d2ff', '#ffd60a', '#ac8e68', '#00c7be', '#ff6b6b', '#8fd400', '#d0a0ff', '#5e8cff']
 
@@ -337,7 +312,7 @@ def segment(self:Session,
     prompt, old = prompt or self.prompts[object,z], self.answers.get((decoder,object,z))
     if old is not None and old.prompt == prompt: return old
     p = Predictor(self.sams[decoder]).set_embedding(self.embedder(decoder).get(z), self.grid)
-    pred = p.predict(**_ask(prompt, self.shape[1:], self.vol.spacing))
+    pred = p.predict(**ask(prompt, self.shape[1:], self.vol.spacing))
     a = Answer(prompt, pred.masks[0], float(pred.iou[0]))
     if self.label is not None: a.dsc, a.nsd = self._scores(a.mask, object, z)
     self.answers[decoder,object,z] = a
@@ -409,32 +384,14 @@ def to_json(self:Session)->dict:
     rows = [dict(z=int(z), object=int(o), **q) for (o, z), q in sorted(self.settled.items(), key=lambda r: (r[0][1], r[0][0]))]
     return dict(format='medsam_nb prompts', version=1, case=self.case.name, shape=list(self.shape), objects=self.objects, prompts=rows)
 
-def read_prompts(
-    data # a dict, or the path of a JSON file
-)->dict: # errors: `InputError`
-    "Saved prompts, not yet checked against a volume."
-    if not isinstance(data, dict):
-        try: data = json.loads(_find(data).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise InputError(f"{data} cannot be read as prompts: {e}") from None
-    if not isinstance(data, dict) or data.get('format') != 'medsam_nb prompts': raise InputError("These are not prompts of medsam_nb: the field format is missing or another.")
-    return data
+def _saved(data): return read_prompts(data if isinstance(data, dict) else _find(data))
 
 @patch
 def from_json(self:Session,
     data # what `to_json` gave, or the path of a file with it
 ):
     "Take over objects and prompts; all or nothing, and it can be undone."
-    data = read_prompts(data)
-    if data.get('shape') != list(self.shape): raise InputError(f"The prompts were drawn on a volume of shape {data.get('shape')}, and {self.case.name} has {list(self.shape)} (slices, rows, columns).")
-    try:
-        objects = [dict(id=int(o['id']), name=str(o['name']), colour=str(o['colour'])) for o in data['objects']]
-        new = {(int(r['object']), int(r['z'])): check_prompt(r, self.shape[1:]) for r in data['prompts']}
-    except InputError: raise
-    except (KeyError, TypeError, ValueError) as e: raise InputError(f"These prompts are damaged: {type(e).__name__} {e}.") from None
-    ids = [o['id'] for o in objects]
-    if len(set(ids)) < len(ids) or not all(1 <= i <= 65535 for i in ids) or not all(re.fullmatch('#[0-9a-fA-F]{6}', o['colour']) for o in objects):
-        raise InputError("These prompts are damaged: object ids have to be different numbers from 1 to 65535, colours like #ff9500.")
-    if (odd := [k for k in new if k[0] not in ids or not 0 <= k[1] < self.shape[0]]): raise InputError(f"A prompt belongs to object {odd[0][0]} on slice {odd[0][1]}, which is not there.")
+    objects, new = check_prompts(_saved(data), self.shape, self.case.name)
     with self.lock:
         self.objects += [o for o in objects if o['id'] not in {p['id'] for p in self.objects}]
         self.past.append(self.settled); self.future = []; self.prompts = self.settled = new
@@ -579,7 +536,7 @@ class Annotator(widgets.VBox):
     @property
     def boxes(self):
         "Boxes, and the boxes of diameters, as a table for `predict_volume` and `medsam_predict`; clicks are left out."
-        rows = [(r['z'], r['object'], *_ask(r, self.volume.shape[1:], self.volume.spacing)['box']) for r in self.prompts if r['kind'] != 'points']
+        rows = [(r['z'], r['object'], *ask(r, self.volume.shape[1:], self.volume.spacing)['box']) for r in self.prompts if r['kind'] != 'points']
         return pd.DataFrame(rows, columns=BOX_COLUMNS)
     def close(self):
         "Stop the threads and give the memory back; the drawing leaves the page."
@@ -804,7 +761,7 @@ def annotate(
     "Draw boxes on scans and see masks."
     app = None
     try:
-        cases, saved = list_cases(source, labels), None if prompts is None else read_prompts(prompts)
+        cases, saved = list_cases(source, labels), None if prompts is None else _saved(prompts)
         app = Annotator(cases, _decoders(model, checkpoint, device), recipe, store, names, height)
         if app.session is None: raise InputError(app.said)
         if checkpoint is not None: app.ui['decoder'].value = 'fine-tuned'

@@ -4,9 +4,9 @@ import numpy as np, pytest
 from PIL import Image
 from medsam_nb.core import InputError
 from medsam_nb.curate import Recipe, curate
-from medsam_nb.draw import Annotator, DrawCase, Session, SliceEmbedder, annotate, check_prompt, guess_recipe, list_cases, model_image, stored_slices
+from medsam_nb.draw import Annotator, DrawCase, Session, SliceEmbedder, annotate, guess_recipe, list_cases, model_image, stored_slices
 from medsam_nb.embed import embed
-from medsam_nb.predict import Predictor, predict_volume
+from medsam_nb.predict import Predictor, check_prompt, predict_volume
 from medsam_nb.prompt import line_to_box
 from medsam_nb.volume import Volume, read_volume
 from tiny import dicom, disc, lite, quick, raw, save, scan
@@ -456,8 +456,8 @@ def test_names_without_labels():
     a = annotate(volume()[0], model=quick(), names={4:'gallbladder', 7:'cyst'}); assert [(o['id'], o['name']) for o in a.session.objects] == [(4,'gallbladder'), (7,'cyst')]; a.close()
 
 def test_a_diameter_is_measured_in_millimetres():
-    from medsam_nb.draw import _ask
-    b = _ask(dict(kind='line', line=[10.,20.,30.,20.]), (64,80), (5,1))['box']; flat = line_to_box([10,20,30,20], (64,80))
+    from medsam_nb.predict import ask
+    b = ask(dict(kind='line', line=[10.,20.,30.,20.]), (64,80), (5,1))['box']; flat = line_to_box([10,20,30,20], (64,80))
     assert np.allclose(b[[0,2]], flat[[0,2]]) and np.isclose((b[3]-b[1])*5, flat[3]-flat[1])
 
 def test_a_mask_where_the_organ_is_not_scores_zero():

@@ -2,16 +2,14 @@
 import numpy as np
 import pandas as pd
 import pytest
-import SimpleITK as sitk
 import torch
-from PIL import Image
 from medsam_nb.core import InputError
 from medsam_nb.curate import Recipe
 from medsam_nb.embed import encode
-from medsam_nb.predict import BOX_COLUMNS, Prediction, Predictor, _paint, everything, medsam_predict, oracle_boxes, predict_volume
+from medsam_nb.predict import BOX_COLUMNS, Prediction, Predictor, _paint, everything, oracle_boxes, predict_volume
 from medsam_nb.prompt import Grid, mask_to_box
-from medsam_nb.volume import Volume, read_volume
-from tiny import disc, lite, quick, save, scan, tree
+from medsam_nb.volume import Volume
+from tiny import disc, lite, quick, scan
 
 def ellipse(shape, row, col, a, b):
     y,x = np.mgrid[:shape[0],:shape[1]]+.5
@@ -125,52 +123,3 @@ def test_oracle_boxes():
     for r in t.itertuples(): assert np.array_equal(mask_to_box(lab[r.z]==r.label), [r.x0,r.y0,r.x1,r.y1])
     assert oracle_boxes(Volume(lab, (3,.8,.8)), [9]).label.tolist()==[9,9]
     with pytest.raises(InputError, match=r'none of the ids \[4\]; they hold \[0, 1, 9\]'): oracle_boxes(Volume(lab, (1,1,1)), [4])
-
-def rotation(*angles):
-    t = sitk.Euler3DTransform(); t.SetRotation(*angles); return np.reshape(t.GetMatrix(), (3,3))
-
-@pytest.mark.parametrize('name, direction', [('flipped', np.diag([-1,1,-1])), ('turned', np.array([[0,0,1],[-1,0,0],[0,1,0]])@np.diag([1,-1,1])), ('oblique', rotation(.1,-.15,.2)@np.diag([-1,-1,1]))])
-def test_the_mask_has_exactly_the_source_geometry(tmp_path, name, direction):
-    img,lab = scan(shape=(2,96,120), organs=((9,40,70,18),))
-    img[1],lab[1] = (a[0] for a in scan(seed=1, shape=(1,96,120), organs=((9,60,35,13),)))   # the second slice differs: no symmetry
-    kw = dict(spacing=(.8,.9,3.), origin=(-12.5,30.25,7), direction=np.asarray(direction, float).ravel().tolist())
-    save(tmp_path/'i.nii.gz', img, **kw); save(tmp_path/'l.nii.gz', lab, **kw)
-    medsam_predict(str(tmp_path/'i.nii.gz'), str(tmp_path/'m.nii.gz'), labels=str(tmp_path/'l.nii.gz'), label_id='9', device='cpu')
-    a, b = sitk.ReadImage(str(tmp_path/'i.nii.gz')), sitk.ReadImage(str(tmp_path/'m.nii.gz'))
-    for get in ('GetSize','GetSpacing','GetOrigin','GetDirection'): assert getattr(a, get)()==getattr(b, get)(), get
-    out = sitk.GetArrayFromImage(b)
-    assert set(np.unique(out))=={0,9} and dice(out==9, lab==9) > .8
-    for flip in (out[::-1], out[:,::-1], out[:,:,::-1]): assert dice(flip==9, lab==9) < dice(out==9, lab==9)-.1
-
-def test_command_reads_boxes_and_never_overwrites(tmp_path, capsys):
-    img,lab = scan(shape=(2,64,80)); save(tmp_path/'i.nii.gz', img); save(tmp_path/'l.nii.gz', lab)
-    args = dict(image=str(tmp_path/'i.nii.gz'), device='cpu')
-    medsam_predict(out=str(tmp_path/'m.nrrd'), labels=str(tmp_path/'l.nii.gz'), **args)
-    assert '2 oracle boxes' in capsys.readouterr().out
-    oracle_boxes(read_volume(tmp_path/'l.nii.gz', kind='label')).to_csv(tmp_path/'b.csv', index=False)
-    before = tree(tmp_path)
-    with pytest.raises(InputError, match='m.nrrd exists already'): medsam_predict(out=str(tmp_path/'m.nrrd'), boxes=str(tmp_path/'b.csv'), **args)
-    assert tree(tmp_path)==before
-    medsam_predict(out=str(tmp_path/'m.nrrd'), boxes=str(tmp_path/'b.csv'), overwrite=True, **args)
-    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path/'m.nrrd'))), read_volume(tmp_path/'m.nrrd', kind='label').array) and ' oracle' not in capsys.readouterr().out
-    assert tree(tmp_path).keys()==before.keys()
-
-@pytest.mark.parametrize('change, match', [(dict(), 'either boxes .* or labels'), (dict(boxes='none.csv'), 'no box file at none.csv'), (dict(labels='L', boxes='none.csv'), 'either boxes'), (dict(labels='L', label_id='liver'), "label_id 'liver'"),
-    (dict(labels='L', label_id='4'), r'none of the ids \[4\]'), (dict(labels='L', out='m.jpg'), 'cannot be written as m.jpg'), (dict(labels='L', out='mask'), 'cannot be written as mask'), (dict(boxes='EMPTY'), 'cannot be read as a table'),
-    (dict(boxes='BINARY'), 'cannot be read as a table|lack the columns'), (dict(boxes='OTHER'), r"lack the columns \['z'"), (dict(labels='L', window='bone'), "window 'bone'"), (dict(labels='L', model='vit_x'), 'no model called'), (dict(labels='SMALL'), 'size')])
-def test_command_refuses_and_writes_nothing(tmp_path, change, match):
-    img,lab = scan(shape=(2,64,80)); save(tmp_path/'i.nii.gz', img); save(tmp_path/'L.nii.gz', lab); save(tmp_path/'SMALL.nii.gz', lab[:,:50])
-    (tmp_path/'EMPTY.csv').write_text(''); (tmp_path/'BINARY.csv').write_bytes(bytes(range(256))); (tmp_path/'OTHER.csv').write_text('a,b\n1,2\n')
-    before = tree(tmp_path); kw = dict(image=str(tmp_path/'i.nii.gz'), out='m.nii.gz', device='cpu')|change
-    kw['out'] = str(tmp_path/kw['out'])
-    for k,ext in (('labels','.nii.gz'),('boxes','.csv')):
-        if kw.get(k, '').isupper(): kw[k] = str(tmp_path/(kw[k]+ext))
-    with pytest.raises(InputError, match=match): medsam_predict(**kw)
-    assert tree(tmp_path)==before
-
-def test_a_picture_in_a_picture_out(tmp_path):
-    gt = ellipse((90,140), 40, 90, 20, 25); rgb = np.stack([picture(gt, s) for s in range(3)], -1)
-    Image.fromarray(rgb).save(tmp_path/'bild.v2.png'); Image.fromarray(gt.astype(np.uint8)).save(tmp_path/'gt.png')
-    medsam_predict(str(tmp_path/'bild.v2.png'), str(tmp_path/'out.png'), labels=str(tmp_path/'gt.png'), modality='Photo', device='cpu')
-    out = np.asarray(Image.open(tmp_path/'out.png'))
-    assert out.shape==gt.shape and set(np.unique(out))=={0,1} and dice(out==1, gt) > .9

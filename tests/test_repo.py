@@ -182,7 +182,7 @@ def test_modules_are_chapters():
 def test_imports_go_upwards(path):
     assert {o for o in imported(path) if ORDER.index(o) >= ORDER.index(path.stem)} == set()
 
-@pytest.mark.parametrize('name', ['predict', 'draw'])
+@pytest.mark.parametrize('name', ['predict', 'draw', 'segment'])
 def test_prediction_never_needs_training(name):
     if not (LIB/f'{name}.py').exists(): pytest.skip(f'medsam_nb/{name}.py is not written yet')
     seen, todo = set(), {name}

@@ -16,7 +16,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import InputError, command
-from .curate import Recipe, intensity_limits, parse_ids, rescale
+from .curate import Recipe, intensity_limits, parse_ids, parse_pairs, rescale
 from .metrics import dsc, nsd
 from .predict import BOX_COLUMNS, Predictor, ask, check_prompts, oracle_boxes, predict_slices, read_prompts
 from .prompt import check_box
@@ -303,12 +303,15 @@ def _window_of(text):
 
 @command
 def medsam_predict(
-    image:str,             # the volume or 2-D image
+    image:str,             # the volume, DICOM series folder or 2-D image
     out:str,               # where to write the mask (.nii.gz, .nii, .nrrd, .mha; 2-D also .png, .tif); tables and a picture go beside it
     boxes:str=None,        # CSV or JSON: z, label, x0, y0, x1, y1 in pixels of the slices; or z0, z1 for z; kind=line for a diameter; or the JSON that annotate saved
     interpolate:bool=False,# boxes are on a few slices: fill in those between, label by label
-    labels:str=None,       # a label file: without boxes for oracle boxes, always for DSC and NSD
+    labels:str=None,       # a label file, DICOM-SEG or folder of structures: without boxes for oracle boxes, always for DSC and NSD
     label_id:str='all',    # which ids, e.g. 9 or 1,9
+    series:str=None,       # which DICOM series, where a folder holds several: number, UID or a part of the description
+    names:str=None,        # ids of structures or segments: liver=1,spleen=2
+    colors:str=None,       # ids of the colours of a mask: '#ff0000=1,#00ff00=2'
     tolerance:float=1.,    # of NSD, mm
     modality:str='CT',     # CT is windowed, everything else scaled by percentiles
     window:str='auto',     # medsam, brief, abdomen, --window=-100,300 or percentile; auto is medsam for CT and percentile for the rest
@@ -324,9 +327,9 @@ def medsam_predict(
     if interpolate and boxes is None: raise InputError("interpolate needs boxes: oracle boxes are on every slice already.")
     ids, recipe = None if (i := parse_ids(label_id)) == 'all' else i, Recipe(modality=modality, window=_window_of(window), fit=fit, flip=flip)
     check_outputs(out, True, overwrite, (image, boxes, labels))
-    volume = read_volume(image)
+    volume = read_volume(image, series=series)
     check_outputs(out, volume.source.plane == 'image', overwrite)
-    label = read_volume(labels, kind='label', plane=None if volume.source.plane == 'image' else volume.source.plane) if labels else None
+    label = read_volume(labels, kind='label', like=volume, names=parse_pairs(names), colors=parse_pairs(colors, 'colors')) if labels else None
     table = read_boxes(boxes, volume, interpolate) if boxes else None
     seg = segment(volume, table, label, Predictor(model, checkpoint, device), recipe, ids, tolerance)
     paths = seg.save(out, overwrite)

@@ -118,6 +118,14 @@ fault('predict a label of another size', f'medsam_predict {IMG} mask.nii.gz --la
 for name, (row, words) in {'columns':('a,b\n1,2', 'column|lack'), 'nothing':('', 'boxes'), 'no row':('z,label,x0,y0,x1,y1', 'empty|no '), 'a slice that is not there':('z,label,x0,y0,x1,y1\n9,1,5,5,20,20', '9'), 'words':('z,label,x0,y0,x1,y1\none,1,5,5,20,20', 'one|number'),
                            'NaN':('z,label,x0,y0,x1,y1\n0,1,,5,20,20', 'x0|number|row|pixels'), 'label 0':('z,label,x0,y0,x1,y1\n0,0,5,5,20,20', 'label'), 'no area':('z,label,x0,y0,x1,y1\n0,1,5,5,5,20', 'box|area'), 'outside':('z,label,x0,y0,x1,y1\n0,1,500,500,520,520', 'outside|image')}.items():
     fault(f'boxes with {name}', ASK, words, text('boxes.csv', row))
+# the doctor, and the tutorials' names
+fault('the doctor without a folder', 'medsam_doctor nowhere raw/labels', 'nowhere')
+fault('the doctor told to write into the data', 'medsam_doctor raw/images raw/labels --quick --json raw/images/report.json', 'raw/images')
+fault('the doctor with a wrong window', 'medsam_doctor raw/images raw/labels --quick --window lung', 'lung')
+fault('pre_CT without a folder', 'pre_CT -i nowhere -gt raw/labels -o out', 'nowhere')
+fault('pre_CT with names that do not pair', 'pre_CT -i raw/images -gt raw/labels -o out', 'no image pairs', lambda d: (d/LAB).rename(d/'raw/labels/b.nii.gz'))
+fault('pre_grey_rgb2D without masks', 'pre_grey_rgb2D -i raw/images -gt nowhere -o out', 'nowhere')
+fault('pre_grey_rgb2D with a table that is not there', 'pre_grey_rgb2D -i raw/images -gt raw/labels --csv none.csv -o out', 'none.csv')
 # downloads
 fault('fetch what is unknown', 'medsam_fetch sam_vit_z', 'sam_vit_z')
 fault('fetch two from one address', 'medsam_fetch sam_vit_b sam_vit_l --url http://127.0.0.1:9/x', 'one')
@@ -127,7 +135,7 @@ fault('fetch by another protocol', 'medsam_fetch sam_vit_b --url ftp://127.0.0.1
 RUN = '''
 import importlib, json, os, resource, sys, traceback, warnings
 warnings.simplefilter('ignore')
-from medsam_nb import core, curate, draw, embed, evaluate, finetune, predict
+from medsam_nb import core, curate, doctor, embed, evaluate, finetune, pre_CT, pre_grey_rgb2D, segment
 import torch, zarr, timm, PIL.PngImagePlugin, skimage.transform, encodings.idna
 from medsam_nb.sam import build_model; build_model('lite')
 def one(job):
@@ -147,7 +155,7 @@ def one(job):
     finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code or 0)
 print(json.dumps([one(j) for j in json.load(open(sys.argv[1]))]))
 '''
-MODULES = dict(medsam_curate='curate', medsam_embed='embed', medsam_finetune='finetune', medsam_evaluate='evaluate', medsam_predict='predict', medsam_fetch='core')
+MODULES = dict(medsam_curate='curate', medsam_embed='embed', medsam_finetune='finetune', medsam_evaluate='evaluate', medsam_predict='segment', medsam_fetch='core', medsam_doctor='doctor', pre_CT='pre_CT', pre_grey_rgb2D='pre_grey_rgb2D')
 
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):

@@ -212,7 +212,7 @@ def _unread_format(f):
 @rule('files', 'warning')
 def _subfolder(f):
     for p in f.ignored:
-        if p.is_dir() and not p.name.startswith('.'): yield Found(f'{p.parent.name}/{p.name} is a folder and is not looked into', 'move the files that count one level up, or convert a DICOM series to one file', dict(folder=str(p)), p.name)
+        if p.is_dir() and not p.name.startswith('.'): yield Found(f'{p.parent.name}/{p.name} is a folder and is not looked into', 'move what counts one level up; a DICOM series may stay a folder', dict(folder=str(p)), p.name)
 
 @rule('files', 'note')
 def _ignored(f):

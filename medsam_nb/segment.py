@@ -315,6 +315,8 @@ def medsam_predict(
     tolerance:float=1.,    # of NSD, mm
     modality:str='CT',     # CT is windowed, everything else scaled by percentiles
     window:str='auto',     # medsam, brief, abdomen, --window=-100,300 or percentile; auto is medsam for CT and percentile for the rest
+    low:float=.95,         # lower percentile of the non-zero voxels, as in curation
+    high:float=99.5,       # upper percentile of the non-zero voxels
     fit:str='pad',         # how slices lie on the model's grid: pad or squash
     flip:str=None,         # slices as the model learned them: turned rows (ud), columns (lr) or both (udlr)
     model:str='lite',      # model of the zoo
@@ -325,7 +327,7 @@ def medsam_predict(
     "Segment a volume from boxes and write the mask in the source geometry; where masks overlap the smaller one wins."
     if boxes is None and labels is None: raise InputError("Give boxes (a CSV or JSON file), or labels (a label file, for oracle boxes).")
     if interpolate and boxes is None: raise InputError("interpolate needs boxes: oracle boxes are on every slice already.")
-    ids, recipe = None if (i := parse_ids(label_id)) == 'all' else i, Recipe(modality=modality, window=_window_of(window), fit=fit, flip=flip)
+    ids, recipe = None if (i := parse_ids(label_id)) == 'all' else i, Recipe(modality=modality, window=_window_of(window), low=low, high=high, fit=fit, flip=flip)
     check_outputs(out, True, overwrite, (image, boxes, labels))
     volume = read_volume(image, series=series)
     check_outputs(out, volume.source.plane == 'image', overwrite)

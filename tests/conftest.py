@@ -17,7 +17,7 @@ def pytest_unconfigure(config):
     if _home: shutil.rmtree(_home, ignore_errors=True)
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda o: o.path.name != 'test_real.py')    # the longest file first, so that several workers end together
+    items.sort(key=lambda o: not o.path.name.startswith('test_real'))    # the longest files first, so that several workers end together
     marked = [o for o in items if o.get_closest_marker('cuda')]
     if not marked: return
     import torch
@@ -44,5 +44,5 @@ def home(tmp_path, monkeypatch)->Path:
 
 def pytest_terminal_summary(terminalreporter):
     "Show what the tests on real scans measured, not only that they passed"
-    found = [r.capstdout.strip() for r in terminalreporter.stats.get('passed', []) if r.when == 'call' and 'test_real.py' in r.nodeid and r.capstdout.strip()]
+    found = [r.capstdout.strip() for r in terminalreporter.stats.get('passed', []) if r.when == 'call' and 'test_real' in r.nodeid and r.capstdout.strip()]
     if found: terminalreporter.section('measured on real scans'); terminalreporter.write_line('\n\n'.join(found))

@@ -68,7 +68,7 @@ test: $(STAMP)
 	@rc=0; echo "== notebooks"; \
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/nbtest.py || rc=1; \
 	echo "== pytest"; \
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder || rc=1; \
+	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=15 || rc=1; \
 	exit $$rc
 
 bench: $(STAMP)

@@ -10,6 +10,7 @@ __all__ = ['NEEDED', 'interpolate_boxes', 'read_boxes', 'Segmentation', 'segment
 import csv, json, os, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import numpy as np
 import pandas as pd
@@ -215,7 +216,7 @@ def show(self:Segmentation,
             else: show_points(np.array(r['points'])-off[:2], r['point_labels'], ax)
         if self.label is not None: show_mask(np.where(np.isin(self.label.array[z], self.prompts.label), self.label.array[z], 0)[y0:y1,x0:x1], ax, color='white', contour=True)
         ax.set_aspect(v.spacing[1]/v.spacing[2])
-    fig.suptitle(f"{v.case}: masks from {self.what}{'' if self.label is None else '; white: ground truth'}", fontsize=9)
+    fig.suptitle(fill(f"{v.case}: masks from {self.what}{'' if self.label is None else '; white: ground truth'}", 28*min(4, len(zs))), fontsize=9)
     return fig
 
 # %% ../nbs/13_segment.ipynb #3f0a1c27

@@ -35,9 +35,11 @@ const bit = (bits, i) => bits[i>>3]>>(7-(i&7))&1    // as numpy.packbits writes 
 function paintMask(width, height, bits, colour) {
   const c = offscreen(width, height), ctx = c.getContext('2d'), out = ctx.createImageData(width, height), p = new Uint32Array(out.data.buffer)
   const n = parseInt(colour.slice(1), 16), rgba = 0xff000000|(n&255)<<16|(n>>8&255)<<8|n>>16
-  for (let i=0; i<p.length; i++) if (bit(bits, i)) p[i] = rgba
+  let x0 = width, y0 = height, x1 = 0, y1 = 0
+  for (let y=0, i=0; y<height; y++) for (let x=0; x<width; x++, i++) if (bit(bits, i)) { p[i] = rgba; x0 = Math.min(x0, x); x1 = Math.max(x1, x+1); y0 = Math.min(y0, y); y1 = y+1 }
   ctx.putImageData(out, 0, 0)
-  return c
+  const x = Math.max(0, x0-2), y = Math.max(0, y0-2)   // where anything is, and a rim for smoothing
+  return {picture:c, part:[x, y, Math.max(0, Math.min(width, x1+2)-x), Math.max(0, Math.min(height, y1+2)-y)]}
 }
 
 function outline(width, height, bits) {             // the pixel edges between inside and outside
@@ -123,13 +125,13 @@ class Drawing {
     this.image = image; this.data = values(image); this.onWindow(); this.onAnswer()
   }
 
-  onWindow() { if (this.image) { paintImage(this.base, this.image, this.data, this.model.get('window')); this.dirty() } }
+  onWindow() { if (this.image) { paintImage(this.base, this.image, this.data, this.model.get('window')); this.painted = (this.painted ?? 0)+1; this.dirty() } }
 
   onAnswer() {
     const a = this.model.get('answer')
     if (!a?.panes || !this.image || a.z !== this.image.z) return
     const {width, height} = this.image, colour = id => this.object(id)?.colour ?? '#ff9500'
-    this.masks = a.panes.map(p => p.objects.map(o => ({...o, picture:paintMask(width, height, bytes(o.bits), colour(o.id))})))
+    this.masks = a.panes.map(p => p.objects.map(o => ({...o, ...paintMask(width, height, bytes(o.bits), colour(o.id))})))
     if (a.seq >= this.seq && !this.drawing) this.prompts = a.prompts   // a hand is right until its last word is answered
     if (this.answered !== a.seq) this.arrived = performance.now()
     this.answered = a.seq; this.dirty()
@@ -353,14 +355,24 @@ class Drawing {
     this.say(); this.measure()
   }
 
+  scaled(pw, h) {                                   // the slice as a pane shows it, kept while only prompts and masks change
+    const dpr = window.devicePixelRatio || 1, {width, height} = this.image, [ox, oy] = this.origin, s = this.scale, key = [pw, h, dpr, ox, oy, s, this.aspect, this.painted].join()
+    if (this.kept?.key === key) return this.kept.picture
+    const picture = offscreen(Math.max(1, Math.round(pw*dpr)), Math.max(1, Math.round(h*dpr))), ctx = picture.getContext('2d')
+    ctx.setTransform(picture.width/pw, 0, 0, picture.height/h, 0, 0); ctx.imageSmoothingEnabled = true; ctx.imageSmoothingQuality = 'high'
+    ctx.drawImage(this.base, ox, oy, width*s, height*s*this.aspect)
+    this.kept = {key, picture}
+    return picture
+  }
+
   drawPane(ctx, i, pw, h) {
     const [ox, oy] = this.origin, s = this.scale, sy = s*this.aspect, {width, height} = this.image
     const X = x => i*pw+ox+x*s, Y = y => oy+y*sy
     ctx.save(); ctx.beginPath(); ctx.rect(i*pw, 0, pw, h); ctx.clip()
+    ctx.drawImage(this.scaled(pw, h), i*pw, 0, pw, h)
     ctx.imageSmoothingEnabled = true; ctx.imageSmoothingQuality = 'high'
-    ctx.drawImage(this.base, X(0), Y(0), width*s, height*sy)
     ctx.globalAlpha = this.model.get('opacity')
-    for (const m of this.masks[i] ?? []) ctx.drawImage(m.picture, X(0), Y(0), width*s, height*sy)
+    for (const {picture, part:[x, y, w, h]} of this.masks[i] ?? []) if (w && h) ctx.drawImage(picture, x, y, w, h, X(x), Y(y), w*s, h*sy)
     ctx.globalAlpha = 1
     if (this.model.get('contour')) for (const t of this.truth) if (t.id === this.active || this.prompts[t.id]) {
       t.path ??= outline(width, height, t.bits)
@@ -428,9 +440,10 @@ class Drawing {
   }
 
   measure() {                                       // for the benchmark: from the gesture to the frame that shows its answer
-    for (const [seq, {t, done}] of this.started) if (seq <= this.answered) {
+    const a = this.model.get('answer'), there = a?.z === this.image.z && JSON.stringify(a.prompts?.[this.active] ?? null) === JSON.stringify(this.prompt)   // the mask of just this prompt is painted already, asked for by the last move
+    for (const [seq, {t, done}] of this.started) if (seq <= this.answered || done && there) {
       this.started.delete(seq)
-      if (done && seq === this.answered) setTimeout(() => performance.measure('medsam:answer', {start:t, end:performance.now(), detail:{seq, model_ms:this.model.get('answer').model_ms, prompt:!!this.prompt, paint_ms:performance.now()-this.arrived}}))
+      if (done && (seq === this.answered || there)) setTimeout(() => performance.measure('medsam:answer', {start:t, end:performance.now(), detail:{seq, model_ms:this.model.get('answer').model_ms, prompt:!!this.prompt, paint_ms:performance.now()-this.arrived}}))
     }
     const mark = `medsam:slice:${this.image.z}`
     if (performance.getEntriesByName(mark).length) { const t = performance.getEntriesByName(mark).at(-1).startTime; performance.clearMarks(mark); setTimeout(() => performance.measure('medsam:slice', {start:t, end:performance.now()})) }

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REGISTRY', 'InputError', 'home', 'data_dir', 'work_dir', 'pick_device', 'seed_everything', 'atomic_path', 'read_json',
-           'sha256_file', 'sha256_array', 'command', 'Download', 'fetch', 'medsam_fetch']
+           'sha256_file', 'sha256_array', 'run_command', 'command', 'Download', 'fetch', 'medsam_fetch']
 
 # %% ../nbs/00_core.ipynb #b9ea2ec6
 import hashlib, inspect, json, os, random, re, shutil, stat, sys, tempfile, zipfile, zlib
@@ -150,6 +150,17 @@ def _sentence(e:Exception)->str:
     if isinstance(e, OSError) and e.strerror: e = f"{_short(e.filename) if e.filename else 'the disk'}: {e.strerror}. Look at free space and permissions, then run the same command again."
     return ' '.join(str(e).split())
 
+def run_command(
+    name:str, # of the command
+    job, # what it does, called without arguments
+):
+    "What `job` returns; an `InputError` or an error of the disk ends in one sentence and exit code 2, Ctrl-C in 130 as shells report it"
+    try: return job()
+    except (InputError, OSError) as e: # OSError: no permission, a full disk
+        print(f'{name}: {_sentence(e)}', file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt: sys.exit(130)
+
 def command(
     func, # function with docments; from a console its return value is dropped, but for an `exit_code` it may have
 ):
@@ -158,11 +169,7 @@ def command(
     def _f(*args, **kwargs):
         if args or kwargs or not _is_console(func, inspect.currentframe().f_back): return func(*args, **kwargs)
         opts = vars(anno_parser(func, prog=func.__name__).parse_args())
-        try: res = func(**{k:opts[k] for k in inspect.signature(func).parameters})
-        except (InputError, OSError) as e: # OSError: no permission, a full disk
-            print(f'{func.__name__}: {_sentence(e)}', file=sys.stderr)
-            sys.exit(2)
-        except KeyboardInterrupt: sys.exit(130) # what shells report for Ctrl-C
+        res = run_command(func.__name__, lambda: func(**{k:opts[k] for k in inspect.signature(func).parameters}))
         if code:=getattr(res, 'exit_code', 0): sys.exit(code)
     return _f
 

@@ -225,8 +225,8 @@ def _sentence(e:Exception, path)->str:
     return ' '.join(str(e).replace(str(path), Path(path).name).split())
 
 @dataclass
-class Exam:
-    "One case while its voxels are in memory; the rules ask it"
+class _Read:
+    "Image and label of one case, and what the readers say when they cannot"
     case:Case # names of the files
     wanted:Recipe # as asked for
     label_ids:object='all' # ids wanted, or 'all'
@@ -250,6 +250,9 @@ class Exam:
         try: return read_volume(path, kind=kind or what, **kw)
         except (InputError, OSError) as e: self.errors.setdefault(what, _sentence(e, path))
 
+# %% ../nbs/14_doctor.ipynb #6ab88b42
+class Exam(_Read):
+    "One case while its voxels are in memory; the rules ask it"
     @cached_property
     def counts(self)->pd.DataFrame:
         "Voxels of each id (columns, without 0) on each slice (rows); empty when the label cannot be used"

@@ -616,6 +616,7 @@ def _on_slice(self:Annotator, change):
         self.said, s.prompts = '', s.settled   # a drag that was going on is over
         self.show(min(max(change.new, 0), s.shape[0]-1))
 
+# %% ../nbs/12_draw.ipynb #a041bf0c
 @patch
 def _on_gestures(self:Annotator, change):
     "What a hand has done since we last looked, in order."
@@ -641,6 +642,7 @@ def set_prompt(self:Annotator,
     "What a hand would have drawn."
     with self.lock: self.session.set_prompt(object, z, prompt); self.refresh()
 
+# %% ../nbs/12_draw.ipynb #eb21d026
 @patch
 def _on_ready(self:Annotator, z, error):
     "From the background: a slice can be asked about now."

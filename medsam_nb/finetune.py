@@ -174,13 +174,11 @@ class Config:
         return self
 
 # %% ../nbs/10_finetune.ipynb #bf86eb43
-def _read_config(run): return read_json(run/'config.json')
-
 def _open_run(run, cfg, facts):
     "Make the run folder with its config.json, or check that it holds the same run (more epochs are fine)."
     new = json.loads(json.dumps(dict(asdict(cfg), **facts)))
     if (run/'config.json').exists():
-        old = _read_config(run)
+        old = read_json(run/'config.json')
         diff = [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in new if old.get(k) != new[k] and k not in ('epochs', 'package_version', 'npz', 'store')]   # the data may move: data_sha256 knows it
         if old['epochs'] > new['epochs']: diff.append(f"epochs is {old['epochs']} there and {new['epochs']} now")
         if diff: raise InputError(f"The run folder {run} holds another run: {'; '.join(diff)}. Give another run name, or delete that folder.")

@@ -9,8 +9,8 @@ __all__ = ['read_pairs', 'pre_grey_rgb2D']
 import re
 from pathlib import Path
 import pandas as pd
-from .core import InputError, data_dir
-from .pre_CT import curate_and_embed, name_suffix, pre_parser, run_command
+from .core import InputError, data_dir, run_command
+from .pre_CT import curate_and_embed, name_suffix, pre_parser
 from .volume import Case, Cases, case_name
 
 # %% ../nbs/16_pre_grey_rgb2D.ipynb #16a0b1cf
@@ -44,11 +44,12 @@ def pre_grey_rgb2D(
     p.add_argument('-gt', '--gt_path', help='folder of masks, named like the pictures (default: data/MedSAMDemo_2D/train/labels)')
     p.add_argument('--csv', help='table of pairs with the columns image_filename and mask_filename, instead of pairing by name')
     p.add_argument('--data_name', default='demo2d', help='the result is the folder 2D_<data_name> (default: demo2d)')
-    def job(a):
+    a = p.parse_args(argv)
+    def job():
         images, masks, suffix = a.img_path or data_dir('MedSAMDemo_2D','train','images'), a.gt_path or data_dir('MedSAMDemo_2D','train','labels'), name_suffix(a.img_name_suffix)
         pairs = (read_pairs(a.csv, images, masks, suffix),) if a.csv else (images, masks)
         curate_and_embed(a, *pairs, modality='2D', anatomy=a.data_name, image_suffix=suffix)
-    run_command(job, p, argv)
+    run_command(p.prog, job)
 
 # %% ../nbs/16_pre_grey_rgb2D.ipynb #16a0b1d3
 #| eval: false

@@ -17,7 +17,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .core import InputError, command
-from .curate import Recipe, intensity_limits, parse_ids, parse_pairs, rescale
+from .curate import Recipe, intensity_limits, _parse_window, parse_ids, parse_pairs, rescale
 from .metrics import dsc, nsd
 from .predict import BOX_COLUMNS, Predictor, ask, check_prompts, oracle_boxes, predict_slices, read_prompts
 from .prompt import check_box
@@ -296,12 +296,6 @@ def save(self:Segmentation,
     return paths
 
 # %% ../nbs/13_segment.ipynb #3f0a1c39
-def _window_of(text):
-    "A window's name, 'percentile', or two numbers."
-    if text == 'percentile' or ',' not in text: return None if text == 'percentile' else text
-    try: return tuple(float(v) for v in text.split(','))
-    except ValueError: raise InputError(f"window {text!r} cannot be read: give two numbers, for example --window=-100,300.") from None
-
 @command
 def medsam_predict(
     image:str,             # the volume, DICOM series folder or 2-D image
@@ -328,7 +322,7 @@ def medsam_predict(
     "Segment a volume from boxes and write the mask in the source geometry; where masks overlap the smaller one wins."
     if boxes is None and labels is None: raise InputError("Give boxes (a CSV or JSON file), or labels (a label file, for oracle boxes).")
     if interpolate and boxes is None: raise InputError("interpolate needs boxes: oracle boxes are on every slice already.")
-    ids, recipe = None if (i := parse_ids(label_id)) == 'all' else i, Recipe(modality=modality, window=_window_of(window), low=low, high=high, fit=fit, flip=flip)
+    ids, recipe = None if (i := parse_ids(label_id)) == 'all' else i, Recipe(modality=modality, window=_parse_window(window), low=low, high=high, fit=fit, flip=flip)
     check_outputs(out, True, overwrite, (image, boxes, labels))
     volume = read_volume(image, series=series)
     check_outputs(out, volume.source.plane == 'image', overwrite)

@@ -411,7 +411,39 @@ def label_values(a:np.ndarray, where='the label')->np.ndarray:
     if hi>65535: raise InputError(f'{where}: label {hi:.6g} is above 65535: number the classes 1, 2, 3, …')
     return a.astype(np.uint8 if hi<=255 else np.uint16, copy=False)
 
-# %% ../nbs/02_volume.ipynb #d9dde9ce
+# %% ../nbs/02_volume.ipynb #59ddb7bc
+def _visible(folder:Path)->list:
+    "What a folder holds, without hidden files, by name"
+    return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
+
+def _seg_file(path:Path):
+    "The DICOM-SEG that `path` is, or that is alone in the folder `path`; None when it is something else"
+    files = [p for p in _visible(path) if p.is_file()] if path.is_dir() else [path]
+    return files[0] if len(files)==1 and _is_dicom(files[0]) and _header(files[0]).get('Modality')=='SEG' else None
+
+def _structure_files(path:Path)->dict:
+    "Name -> file, for a folder with one label file per structure; empty for anything else"
+    if not path.is_dir(): return {}
+    files = [(unicodedata.normalize('NFC', split_name(p)[0]), p) for p in _visible(path) if p.is_file() and split_name(p)[1]]
+    if len(dict(files))<len(files): raise InputError(f"{path}: two files have one name ({', '.join(p.name for _,p in files)}): keep one file per structure")
+    return dict(sorted(files))
+
+def _label_kind(path:Path)->str:
+    "'DICOM-SEG', 'a folder of structures', or 'file' for all the rest"
+    return 'DICOM-SEG' if _seg_file(path) else 'a folder of structures' if _structure_files(path) else 'file'
+
+# %% ../nbs/02_volume.ipynb #59141503
+def _check_kind(path:Path, series, names, colors)->Path:
+    "`path`, if it can be read and what was asked of it makes sense"
+    ext = '' if path.is_dir() else split_name(path)[1]
+    if not (ext or path.is_dir()):
+        if _is_dicom(path): raise InputError(f"{path}: this is a single DICOM file ({_header(path).get('Modality', 'of unknown modality')}): give the folder that holds the slices of its series; a single file can only be a DICOM-SEG, read with kind='label'")
+        raise InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, or a folder with a DICOM series")
+    if series is not None and ext: raise InputError(f'{path}: series {series!r} was asked for, but this is a file, not a folder of DICOM slices: leave it out')
+    if names is not None: raise InputError(f'{path}: names are for folders with one file per structure and for DICOM-SEG; this label holds numbers: leave them out')
+    if colors is not None and ext not in FLAT: raise InputError(f'{path}: colors are for pictures, and this is none: leave them out')
+    return path
+
 def _read_file(path:Path, kind:str, plane, series, colors)->Volume:
     "A picture, a volume file or a DICOM series as a `Volume`"
     ext,values = split_name(path)[1], image_values if kind=='image' else label_values
@@ -425,6 +457,7 @@ def _read_file(path:Path, kind:str, plane, series, colors)->Volume:
     a = values(sitk.GetArrayFromImage(im), path)
     return Volume(to_display(a, g), display_geometry(g)['spacing'], path.name if path.is_dir() else case_name(path), path, g)
 
+# %% ../nbs/02_volume.ipynb #d9dde9ce
 def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with a DICOM series, PNG, JPEG, TIFF or BMP; for labels also a folder with one file per structure, or DICOM-SEG
                 kind:str='image', # 'image', or 'label' for whole numbers from 0
                 plane:str=None, # axial, coronal, sagittal; None: that of `like`, else across the thickest axis
@@ -449,37 +482,6 @@ def read_volume(path, # NIfTI, NRRD, MHA/MHD, a folder with a DICOM series, PNG,
     if like is not None: check_pair(like, v)
     return v
 
-def _check_kind(path:Path, series, names, colors)->Path:
-    "`path`, if it can be read and what was asked of it makes sense"
-    ext = '' if path.is_dir() else split_name(path)[1]
-    if not (ext or path.is_dir()):
-        if _is_dicom(path): raise InputError(f"{path}: this is a single DICOM file ({_header(path).get('Modality', 'of unknown modality')}): give the folder that holds the slices of its series; a single file can only be a DICOM-SEG, read with kind='label'")
-        raise InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, or a folder with a DICOM series")
-    if series is not None and ext: raise InputError(f'{path}: series {series!r} was asked for, but this is a file, not a folder of DICOM slices: leave it out')
-    if names is not None: raise InputError(f'{path}: names are for folders with one file per structure and for DICOM-SEG; this label holds numbers: leave them out')
-    if colors is not None and ext not in FLAT: raise InputError(f'{path}: colors are for pictures, and this is none: leave them out')
-    return path
-
-def _visible(folder:Path)->list:
-    "What a folder holds, without hidden files, by name"
-    return sorted(p for p in folder.iterdir() if not p.name.startswith('.'))
-
-def _seg_file(path:Path):
-    "The DICOM-SEG that `path` is, or that is alone in the folder `path`; None when it is something else"
-    files = [p for p in _visible(path) if p.is_file()] if path.is_dir() else [path]
-    return files[0] if len(files)==1 and _is_dicom(files[0]) and _header(files[0]).get('Modality')=='SEG' else None
-
-def _structure_files(path:Path)->dict:
-    "Name -> file, for a folder with one label file per structure; empty for anything else"
-    if not path.is_dir(): return {}
-    files = [(unicodedata.normalize('NFC', split_name(p)[0]), p) for p in _visible(path) if p.is_file() and split_name(p)[1]]
-    if len(dict(files))<len(files): raise InputError(f"{path}: two files have one name ({', '.join(p.name for _,p in files)}): keep one file per structure")
-    return dict(sorted(files))
-
-def _label_kind(path:Path)->str:
-    "'DICOM-SEG', 'a folder of structures', or 'file' for all the rest"
-    return 'DICOM-SEG' if _seg_file(path) else 'a folder of structures' if _structure_files(path) else 'file'
-
 # %% ../nbs/02_volume.ipynb #57dd8fbf
 def _write_nifti(im, path:Path, ext:str, header:bytes):
     "Write a NIfTI file with the geometry fields `header` of the source, if there are any"
@@ -492,12 +494,12 @@ def _write_nifti(im, path:Path, ext:str, header:bytes):
         b[i:j],header = header[:j-i],header[j-i:]
     path.write_bytes(gzip.compress(b, 4, mtime=0) if ext=='.nii.gz' else b)
 
-def _check_written(path:Path, a:np.ndarray):
-    "Raise unless what was written reads back"
-    with _Quiet():
-        try: ok = np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), a)
-        except RuntimeError: ok = False
-    if not ok: raise OSError(errno.ENOSPC, 'what was written does not read back, no space left', path.name)
+def _write_checked(im, path:Path, a:np.ndarray):
+    "Write NRRD or MHA, and raise unless it reads back: a full disk cuts them short"
+    sitk.WriteImage(im, str(path), True)
+    try: ok = np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(path))), a)
+    except RuntimeError: ok = False
+    if not ok: raise OSError(errno.ENOSPC, 'no space left', path.name)
 
 def write_volume(v:Volume, # any Volume; `v.source` says where its voxels belong
                  path, # .nii.gz, .nii, .nrrd or .mha; for a 2-D image also .png, .tif
@@ -519,9 +521,8 @@ def write_volume(v:Volume, # any Volume; `v.source` says where its voxels belong
         im = sitk.GetImageFromArray(a)
         im.SetSpacing(g.spacing); im.SetOrigin(g.origin); im.SetDirection(g.direction)
         try:
-            with _Quiet(): _write_nifti(im, tmp, ext, g.header) if ext.startswith('.nii') else sitk.WriteImage(im, str(tmp), True)
-        except RuntimeError as e: raise _told(path, e) from None
-        _check_written(tmp, a)
+            with _Quiet(): _write_nifti(im, tmp, ext, g.header) if ext.startswith('.nii') else _write_checked(im, tmp, a)
+        except RuntimeError as e: raise OSError(errno.EIO, 'it cannot be written', str(path)) from e
     return path
 
 # %% ../nbs/02_volume.ipynb #73a32376

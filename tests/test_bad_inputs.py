@@ -139,7 +139,6 @@ from medsam_nb import core, curate, doctor, embed, evaluate, finetune, pre_CT, p
 import torch, zarr, timm, PIL.PngImagePlugin, skimage.transform, encodings.idna
 from medsam_nb.sam import build_model; build_model('lite')
 def one(job):
-    import medsam_nb
     sys.stdout.flush(); pid = os.fork()
     if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 99

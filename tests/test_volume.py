@@ -6,7 +6,7 @@ import SimpleITK as sitk
 from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.spatial.transform import Rotation
-from tiny import dicom
+from tiny import dicom, python
 from medsam_nb.core import InputError
 from medsam_nb.volume import (Case, Geometry, Volume, case_name, check_pair, choose_plane, display_axes, display_geometry, find_cases,
                               image_values, label_values, read_volume, split_name, to_display, to_stored, write_mask, write_volume)
@@ -460,3 +460,17 @@ def test_real_dicom(tmp_path):
     got = read(write_mask(v.array>0, v, tmp_path/'m.nrrd')); assert (array(got)==(v.array>0)).all()
     np.testing.assert_allclose(got.GetOrigin(), v.source.origin, atol=1e-9)
     with pytest.raises(InputError, match='no stack of grey slices'): read_volume(REAL/'dicom_seg')
+
+@pytest.mark.parametrize('ext', ['.nii', '.nii.gz', '.nrrd', '.mha'])
+def test_a_full_disk_never_leaves_a_mask(tmp_path, ext):
+    "A limit on file size stands for the disk. ITK's NIfTI writer notices nothing, so the writing is checked; noise, so that compression does not make it fit"
+    code = '''
+import resource, sys; import numpy as np; from tiny import save; from medsam_nb.volume import *
+save(sys.argv[1]+'/a.nii.gz', np.zeros((4,64,80), np.int16)); v = read_volume(sys.argv[1]+'/a.nii.gz')
+mask = np.random.default_rng(0).integers(0, 255, v.shape, dtype=np.uint8)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))
+try: write_mask(mask, v, sys.argv[1]+'/mask'+sys.argv[2])
+except OSError as e: print('refused', e)
+'''
+    assert 'refused' in python(code, tmp_path, ext)
+    assert [p.name for p in tmp_path.iterdir()] == ['a.nii.gz']

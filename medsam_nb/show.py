@@ -188,6 +188,7 @@ def show_grid(
     masks=None, # a mask for each, or None in its place
     boxes=None, # a box (4,) for each, or None in its place
     points=None, # points (P,2) for each, or None in its place
+    point_labels=None, # labels (P,) 1 or 0 for each, or None in its place
     size:float=2., # width of an image in inches
     contour:bool=False, # masks as outlines?
     **kw, # passed to `show_image`
@@ -195,7 +196,7 @@ def show_grid(
     "Draw images in rows; returns the matplotlib figure"
     ims = [_picture(o) for o in images]
     if not ims: raise InputError('there are no images to show: the list is empty')
-    for what,o in (('titles',titles), ('masks',masks), ('boxes',boxes), ('points',points)):
+    for what,o in (('titles',titles), ('masks',masks), ('boxes',boxes), ('points',points), ('point_labels',point_labels)):
         if o is not None and len(o)!=len(ims): raise InputError(f'{len(ims)} images came with {len(o)} {what}: give one for each')
     if any(o.dtype not in (np.uint8, bool) for o in ims): kw = dict(vmin=min(np.nanmin(o) for o in ims), vmax=max(np.nanmax(o) for o in ims)) | kw
     ncols = min(ncols or 6, len(ims))
@@ -204,7 +205,7 @@ def show_grid(
     def at(o, i): return None if o is None else o[i]
     for i,ax in enumerate(axs.flat):
         if i>=len(ims): ax.remove()
-        else: show_slice(ims[i], at(masks,i), at(boxes,i), at(points,i), ax=ax, title=at(titles,i), contour=contour, **kw)
+        else: show_slice(ims[i], at(masks,i), at(boxes,i), at(points,i), ax=ax, title=at(titles,i), point_labels=at(point_labels,i), contour=contour, **kw)
     return fig
 
 # %% ../nbs/01_show.ipynb #434a8760

@@ -3,8 +3,8 @@ import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy.spatial.distance import pdist
 from medsam_nb.core import InputError
-from medsam_nb.prompt import (Grid, check_box, instances, line_to_box, longest_diameter, mask_to_box, perturb_box,
-                              sample_points, slack_box)
+from medsam_nb.prompt import (Grid, check_box, instances, line_to_box, longest_diameter, mask_to_box, next_click, perturb_box,
+                              sample_points, short_diameter, slack_box)
 
 sides = st.integers(1, 700)
 grids = st.builds(lambda h,w,size,fit: Grid((h,w), size, fit), sides, sides, st.sampled_from([64,256,1024]), st.sampled_from(['pad','squash']))
@@ -196,6 +196,75 @@ def test_diameter_equals_brute_force(H, W, sy, sx, seed):
     assert mm==pytest.approx(pdist(corners*[sy,sx]).max())
     assert np.hypot((line[2]-line[0])*sx, (line[3]-line[1])*sy)==pytest.approx(mm, rel=1e-5)
     assert {tuple(line[:2][::-1]),tuple(line[2:][::-1])}<={tuple(c) for c in corners.astype(float)}
+
+def extent(m, mm, u, t):
+    "How far the pixels of a mask reach along one line across `u`, pixel by pixel: the brute force"
+    lo, hi, n = np.inf, -np.inf, np.array([-u[1],u[0]])
+    for r,c in np.argwhere(m):
+        p = np.array([(c,r),(c+1,r),(c+1,r+1),(c,r+1)])*mm
+        a, b = p@u, p@n
+        for i in range(4):
+            j = (i+1)%4
+            if min(a[i],a[j])-1e-9 <= t <= max(a[i],a[j])+1e-9:
+                w = [0,1] if abs(a[j]-a[i])<1e-9 else [np.clip((t-a[i])/(a[j]-a[i]),0,1)]
+                lo, hi = min([lo]+[b[i]+k*(b[j]-b[i]) for k in w]), max([hi]+[b[i]+k*(b[j]-b[i]) for k in w])
+    return hi-lo
+
+@given(st.integers(1,8), st.integers(1,8), st.floats(.3,5), st.floats(.3,5), seeds)
+@settings(deadline=None, max_examples=60)
+def test_short_diameter_equals_brute_force(H, W, sy, sx, seed):
+    rng = np.random.default_rng(seed)
+    m = rng.random((H,W))<.5
+    if not m.any(): m[rng.integers(H), rng.integers(W)] = True
+    line,_ = longest_diameter(m, (sy,sx)); mm = np.array([sx,sy])
+    short,length = short_diameter(m, line, (7,sy,sx))
+    v = (line[2:]-line[:2])*mm; u = v/np.linalg.norm(v)
+    corners = np.concatenate([np.argwhere(m)[:,::-1]+d for d in ((0,0),(0,1),(1,0),(1,1))])*mm@u
+    everywhere = [extent(m, mm, u, t) for t in np.unique(np.r_[corners.round(12), rng.uniform(corners.min(), corners.max(), 30)])]
+    assert length==pytest.approx(max(everywhere), rel=1e-6, abs=1e-6)
+    d = (short[2:]-short[:2])*mm
+    assert np.linalg.norm(d)==pytest.approx(length, rel=1e-4, abs=1e-4) and abs(d@u)<1e-4*max(length, 1)   # a right angle, in mm
+
+def test_short_diameter_refuses():
+    m = np.ones((4,9), bool)
+    with pytest.raises(InputError, match='empty'): short_diameter(~m, [0,2,9,2])
+    with pytest.raises(InputError, match='no length'): short_diameter(m, [3,2,3,2])
+    with pytest.raises(InputError, match='spacing'): short_diameter(m, [0,2,9,2], (1,np.nan))
+
+@given(seeds)
+@settings(deadline=None)
+def test_both_diameters_lie_in_their_box(seed):
+    rng = np.random.default_rng(seed)
+    m = instances(rng.random((30,40))<.45)[0]; mm = (rng.uniform(.5,3), rng.uniform(.5,3))
+    line,_ = longest_diameter(m, mm); short,_ = short_diameter(m, line, mm)
+    for margin in (0, None):
+        b = line_to_box(line, m.shape, margin=margin, short=short, spacing=mm)
+        for x0,y0,x1,y1 in (line,short): assert (b[:2]<=np.minimum([x0,y0],[x1,y1])+1e-3).all() and (b[2:]>=np.maximum([x0,y0],[x1,y1])-1e-3).all()
+    scaled = line_to_box(np.array(line)*[2,1,2,1], (30,80), margin=0, short=np.array(short)*[2,1,2,1], spacing=(mm[0],mm[1]/2))
+    np.testing.assert_allclose(scaled, line_to_box(line, m.shape, margin=0, short=short, spacing=mm)*[2,1,2,1], atol=1e-3)   # the box is made in mm
+
+@given(st.integers(4,40), st.integers(4,40), seeds)
+@settings(deadline=None)
+def test_next_click_hits_the_largest_error(H, W, seed):
+    rng = np.random.default_rng(seed)
+    pred, truth = rng.random((2,H,W))<.5
+    got = next_click(pred, truth)
+    if (pred==truth).all(): assert got is None; return
+    (x,y),l = got; r,c = int(y), int(x)
+    err = truth&~pred if l else pred&~truth
+    assert (x%1,y%1)==(.5,.5) and err[r,c]
+    piece = next(p for p in instances(err) if p[r,c])
+    assert piece.sum()==max(p.sum() for e in (truth&~pred, pred&~truth) for p in instances(e))
+    depth = lambda i,j: min(np.hypot(i-a, j-b) for a in range(-1,H+1) for b in range(-1,W+1) if not (0<=a<H and 0<=b<W and piece[a,b]))
+    if H*W<150: assert depth(r,c)==pytest.approx(max(depth(i,j) for i,j in np.argwhere(piece)))
+
+def test_next_click_by_hand():
+    t = np.zeros((20,30), bool); t[4:13,5:16] = True
+    assert next_click(np.zeros_like(t), t)[0].tolist() in ([10.5,8.5], [9.5,8.5], [11.5,8.5]) and next_click(np.zeros_like(t), t)[1]==1
+    assert next_click(t, t) is None
+    more = t.copy(); more[0:19,20:29] = True
+    assert next_click(more, t)[1]==0 and next_click(more, t)[0][0]>20
+    with pytest.raises(InputError, match='one grid'): next_click(t[1:], t)
 
 def test_line_to_box():
     np.testing.assert_allclose(line_to_box([10,20,30,20], (100,100), margin=0, ratio=.5), [10,15,30,25])

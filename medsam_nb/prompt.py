@@ -195,15 +195,18 @@ def sample_points(
 # %% ../nbs/05_prompt.ipynb #f59af20f
 def next_click(
     pred:np.ndarray, # (H,W) bool, the mask so far; nothing but False before the first click
-    truth:np.ndarray # (H,W) bool, or zero and non-zero
+    truth:np.ndarray, # (H,W) bool, or zero and non-zero
+    clicks=() # (P,2) x y of the clicks so far; nobody clicks in one place again and again
 )->tuple: # point (2,) float32 x y and its label, 1 missing or 0 too much; None where the mask is right
-    "The click that corrects the largest error: the deepest pixel of the largest missing or superfluous piece."
+    "The click that corrects the largest error: in the largest missing or superfluous piece, farthest from its edge and from earlier clicks."
     p,t = _as_mask(pred), _as_mask(truth)
     if p.shape!=t.shape: raise InputError(f"The mask has shape {p.shape} and the truth {t.shape}: bring them to one grid first.")
     worst = [(m[0],l) for m,l in ((instances(t&~p),1), (instances(p&~t),0)) if m]
     if not worst: return None
     piece,label = max(worst, key=lambda o: o[0].sum())
-    depth = ndimage.distance_transform_edt(np.pad(piece,1))[1:-1,1:-1]
+    free = piece.copy()
+    for x,y in clicks: free[min(int(y), len(t)-1), min(int(x), t.shape[1]-1)] = False
+    depth = ndimage.distance_transform_edt(np.pad(free if free.any() else piece, 1))[1:-1,1:-1]
     y,x = np.unravel_index(depth.argmax(), depth.shape)
     return np.float32([x+.5,y+.5]), label
 

@@ -265,6 +265,12 @@ def test_next_click_by_hand():
     more = t.copy(); more[0:19,20:29] = True
     assert next_click(more, t)[1]==0 and next_click(more, t)[0][0]>20
     with pytest.raises(InputError, match='one grid'): next_click(t[1:], t)
+    clicks = []
+    for _ in range(6):                                       # the mask stays empty: clicks spread over the object
+        p, l = next_click(np.zeros_like(t), t, clicks); clicks.append(p); assert l==1 and t[int(p[1]),int(p[0])]
+    assert pdist(clicks).min() > 1.9
+    dot = np.zeros((5,5), bool); dot[2,2] = True
+    assert next_click(~dot&False, dot, [(2.5,2.5)])[0].tolist()==[2.5,2.5]   # nowhere else to click
 
 def test_line_to_box():
     np.testing.assert_allclose(line_to_box([10,20,30,20], (100,100), margin=0, ratio=.5), [10,15,30,25])

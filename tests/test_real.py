@@ -1,14 +1,15 @@
 "Real scans, from a raw folder to scores. Marked `real`: they run where ../shared/data (or MEDSAM_NB_REAL_DATA) is, and skip with a reason elsewhere."
-import numpy as np, pandas as pd, pytest
+import numpy as np, pandas as pd, pytest, warnings
 
 from medsam_nb.core import InputError
-from medsam_nb.curate import Recipe, curate, find_npz, read_npz, read_split
-from medsam_nb.embed import embed
+from medsam_nb.curate import Recipe, curate, find_npz, normalize, read_npz, read_split
+from medsam_nb.embed import EmbeddingStore, embed
 from medsam_nb.evaluate import draw_boxes, evaluate, evaluate_case
 from medsam_nb.finetune import finetune, list_samples
 from medsam_nb.metrics import dsc
 from medsam_nb.phantom import ORGANS
-from medsam_nb.predict import Predictor, oracle_boxes, predict_volume
+from medsam_nb.predict import Predictor, click_rounds, everything, label_map, match_regions, oracle_boxes, predict_volume
+from medsam_nb.prompt import Grid, instances, line_to_box, longest_diameter, mask_to_box, short_diameter
 from medsam_nb.sam import load_model
 from medsam_nb.volume import check_pair, find_cases, read_volume, write_mask
 
@@ -37,12 +38,50 @@ def test_abdomen_ct_all_organs(real_data, lite, tmp_path):
     mask = predict_volume(Predictor(lite), vol, boxes, progress=False)
     ids = sorted(boxes.label.unique())
     table = pd.DataFrame([(i, ORGANS[i], int((lab.array==i).sum()), dsc(mask==i, lab.array==i)) for i in ids], columns=['id', 'organ', 'voxels', 'DSC'])
-    say(f'abdomen_ct, lite, tight oracle boxes, one label map:\n{table.round(3).to_string(index=False)}\nmean {table.DSC.mean():.3f}')
+    by_iou = predict_volume(Predictor(lite), vol, boxes, progress=False, overlap='iou')
+    table['higher IoU wins'] = [dsc(by_iou==i, lab.array==i) for i in ids]
+    say(f'abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one with the higher predicted IoU:\n{table.round(3).to_string(index=False)}\nmean {table.DSC.mean():.3f}, {table["higher IoU wins"].mean():.3f}')
     assert len(table) == 12 and set(table.id) == set(range(1,14))-{10}
+    assert table.DSC.mean() > table['higher IoU wins'].mean()+.03   # why it is the rule
     assert table.DSC.mean() >= .78 and table.set_index('organ').DSC['liver'] >= .8
     write_mask(mask, vol, tmp_path/'mask.nii.gz')
     back = read_volume(tmp_path/'mask.nii.gz', kind='label')
     check_pair(vol, back); assert np.array_equal(back.array, mask)
+
+def ask_all_ways(pred, im, labels, gt, spacing):
+    "DSC of every prompt mode on one slice for one organ; everything comes from the ground truth"
+    pred.set_image(im)
+    box, (line,_) = mask_to_box(gt), longest_diameter(gt, spacing)
+    short,_ = short_diameter(gt, line, spacing)
+    one = pred.predict(box)
+    clicks, carried, boxed = (click_rounds(pred, gt, 10, **kw) for kw in (dict(carry=False), {}, dict(box=box, carry=False)))
+    def after(r, n): return dsc(r[min(n, len(r))-1].masks[0], gt)
+    return {'box': dsc(one.masks[0], gt), 'box of the long diameter': dsc(pred.predict(line_to_box(line, gt.shape, spacing=spacing)).masks[0], gt),
+            'box of both diameters': dsc(pred.predict(line_to_box(line, gt.shape, short=short, spacing=spacing)).masks[0], gt),
+            **{f'{n} click{"s"*(n>1)}': after(clicks, n) for n in (1,3,5,10)}, **{f'{n} clicks, last mask shown': after(carried, n) for n in (3,10)},
+            **{f'box and {n} click{"s"*(n>1)}': after(boxed, n+1) for n in (1,3)},
+            'box and its own mask': dsc(pred.predict(box, mask=one.logits).masks[0], gt), 'its mask alone': dsc(pred.predict(mask=one.logits).masks[0], gt)}
+
+@pytest.mark.filterwarnings('ignore:lite was trained with boxes only')
+def test_abdomen_ct_prompt_modes(real_data, lite):
+    "Liver, right kidney, spleen, gallbladder on four slices each, every prompt mode; a box beats one click on the mean"
+    c, = find_cases(real_data/'abdomen_ct/images', real_data/'abdomen_ct/labels')
+    vol, lab = read_volume(c.image), read_volume(c.label, kind='label')
+    ims, pred, rows = normalize(vol.array, Recipe()), Predictor(lite), []
+    for i in (1,2,3,9):
+        zs = np.flatnonzero((lab.array==i).sum((1,2)) >= 30)
+        rows += [dict(organ=ORGANS[i]) | ask_all_ways(pred, ims[z], lab.array[z], lab.array[z]==i, vol.spacing) for z in zs[np.linspace(0, len(zs)-1, 4).astype(int)]]
+    t = pd.DataFrame(rows).groupby('organ', sort=False).mean().T
+    t['mean'] = t.mean(axis=1)
+    z = int(((lab.array[...,None]==[1,2,3,9]).any((1,2))).sum(1).argmax())
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        sure, all_ = (everything(lite, ims[z], points_per_side=12, **kw) for kw in ({}, dict(pred_iou_thresh=0, stability_score_thresh=0)))
+    m = match_regions(all_, lab.array[z])
+    say(f'abdomen_ct, lite, window medsam, {len(rows)} slices, prompts from the ground truth, mean 2-D DSC:\n{t.round(3).to_string()}\n'
+        f'everything mode, slice {z}, 144 clicks: {len(sure)} regions at the usual thresholds; {len(all_)} without thresholds, the best of them for each of {len(m)} organs: DSC {m.DSC.mean():.3f} on the mean, {(m.DSC>=.5).sum()} organs of 0.5 or more')
+    assert len(t.columns) == 5 and t['mean']['box'] > t['mean']['1 click']+.3 and t['mean']['box'] > .85
+    assert t['mean']['box of both diameters'] > .8 and (t.loc['box'] > t.loc['1 click']).all()
 
 @pytest.mark.parametrize('name,modality', [('sarcoma_ct', 'CT'), ('spleen_ct', 'CT'), ('sarcoma_mr', 'MR')])
 def test_other_scans_go_from_curate_to_predict(real_data, lite, tmp_path, name, modality):
@@ -82,6 +121,22 @@ def test_btcv_is_split_by_patient(btcv):
     split = split[split.kept > 0]   # two slices with nothing of 100 px in them belong to no part
     assert len(split) == 123 and set(split.part) == {'train', 'test'} and split.groupby('patient').part.nunique().max() == 1
     assert split[split.part=='test'].patient.nunique() == 4
+
+def test_btcv_pretrained_on_all_organs(btcv, lite):
+    "All patients, a tight oracle box round each piece of each organ: mean DSC over organs and slices of at least 0.84 before any tuning"
+    folder, store, _ = btcv
+    pred, rows = Predictor(lite), []
+    for f in find_npz(folder):
+        case = read_npz(f); emb = EmbeddingStore(store).open_case(case)
+        for n, gts in enumerate(case.gts):
+            pred.set_embedding(emb[n], Grid(gts.shape))
+            for k in np.unique(gts[gts>0]):
+                gt = gts==k; pieces = instances(gt)
+                rows.append((BTCV[case.label_ids[k-1]], len(pieces), dsc(pred.predict(np.stack([mask_to_box(m) for m in pieces])).masks.any(0), gt), dsc(pred.predict(mask_to_box(gt)).masks[0], gt)))
+    t = pd.DataFrame(rows, columns=['organ','pieces','a box for each piece','one box'])
+    say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, mean DSC {t["a box for each piece"].mean():.3f} (one box round all pieces: {t["one box"].mean():.3f})\n'
+        f'{t.groupby("organ", sort=False).agg({"pieces":"mean", "a box for each piece":"mean", "one box":"mean"}).round(3).assign(masks=t.organ.value_counts()).to_string()}')
+    assert t['a box for each piece'].mean() >= .84 and t.organ.nunique() == 13
 
 def test_btcv_gallbladder(btcv):
     "Tuned on gallbladder alone (nine slices): better with loose boxes; the whole curve is printed"

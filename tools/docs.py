@@ -136,7 +136,9 @@ def lines(code:str)->str:
     return '\n'.join(out)
 
 def mend_text(html:str)->str:
-    "Code line by line; printed columns told from printed sentences, which may wrap"
+    "Code line by line, options of commands in one piece; printed columns told from printed sentences, which may wrap"
+    def options(m): return m[1] + re.sub(r'(?<![\w-])--[a-z]\w*', r'<span class="option">\g<0></span>', m[2]) + m[3]
+    html = re.sub(r'(<code\b[^>]*>)(.*?)(</code>)', options, html, flags=re.S)
     html = re.sub(r'(<code class="sourceCode[^>]*>)(.*?)(</code>)', lambda m: m[1] + lines(m[2]) + m[3], html, flags=re.S)
     def columns(m): return m[0].replace('<pre>', '<pre class="columns">', 1) if len(re.findall(r'\S {2,}\S.*$', m[1], re.M)) > 1 else m[0]
     return re.sub(r'<pre><code>(.*?)</code></pre>', columns, html, flags=re.S)

@@ -16,6 +16,7 @@ LIVE = {'en': 'A still picture: this page has no kernel. For the live cell, run 
 
 LABELS = {'en': dict(skip='Skip to the text', site='Site', place='Place', pages='All pages', page='Contents', margin='On this page', next='Previous and next page', dark='Dark colours', copy='Copy'),
           'ko': dict(skip='본문으로 건너뛰기', site='사이트', place='현재 위치', pages='모든 쪽', page='차례', margin='이 쪽의 내용', next='이전 쪽과 다음 쪽', dark='어두운 색', copy='복사')}
+SAID = {'ko': {'>On this page<': '>이 쪽의 내용<', 'placeholder="Search" aria-label="Search"': 'placeholder="검색" aria-label="검색"', 'Report an issue': '문제 알리기'}}
 
 def lang_of(page)->str:
     "Language of a page or notebook: the name of its folder where that is a language, such as ko/, else English"
@@ -148,6 +149,7 @@ def mend_access(html:str, lang:str, up:str)->str:
     head = LABELS.get(lang, LABELS['en'])
     html = re.sub(r'<html lang="[^"]*"', f'<html lang="{lang}"', html, count=1)
     html = re.sub(r'(<body\b[^>]*>)', lambda m: f'{m[1]}<a class="skip" href="#quarto-document-content">{head["skip"]}</a>', html, count=1)
+    for old, new in SAID.get(lang, {}).items(): html = html.replace(old, new)
     html = html.replace('</head>', f'<script src="{up}site_libs/site.js" defer></script>\n</head>', 1)
     for o, name in (('nav class="navbar ', 'site'), ('nav class="quarto-secondary-nav"', 'place'), ('nav id="quarto-sidebar"', 'pages'), ('nav id="TOC"', 'page'),
                     ('nav class="page-navigation"', 'next'), ('div id="quarto-margin-sidebar"', 'margin')):

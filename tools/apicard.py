@@ -1,5 +1,7 @@
 "How an API card of the documentation looks: signature, docstring, then a table of the parameters. tools/docs.py names it to nbdev as `renderer`."
 import inspect, re
+from dataclasses import is_dataclass
+from importlib import import_module
 from fastcore.docments import DocmentTbl
 from nbdev.showdoc import BasicMarkdownRenderer
 from nbdev.doclinks import NbdevLookup
@@ -8,11 +10,15 @@ def short(anno)->str:
     "A type as one says it: without quotes and without the modules it comes from"
     return re.sub(r'\b(?:[A-Za-z_]\w*\.)+(\w+)', r'\1', inspect.formatannotation(anno).strip("'"))
 
+def said(default)->str:
+    "A default as one would write it; a dataclass makes some anew, and their making has no name"
+    return '…' if repr(default) == '<factory>' else getattr(default, '__name__', None) or repr(default)
+
 def param(p)->str:
     "One parameter of a signature"
     star = {p.VAR_POSITIONAL: '*', p.VAR_KEYWORD: '**'}.get(p.kind, '')
     anno = '' if p.annotation is p.empty else f':{short(p.annotation)}'
-    default = '' if p.default is p.empty else f"={getattr(p.default, '__name__', None) or repr(p.default)}"
+    default = '' if p.default is p.empty else f'={said(p.default)}'
     return f'{star}{p.name}{anno}{default}'
 
 def signature(sym, name:str, sig, width:int=72)->str:
@@ -24,6 +30,11 @@ def signature(sym, name:str, sig, width:int=72)->str:
     head = f"{'class ' if isclass else ''}{name}"
     line = f"{head}({', '.join(own)}){to}"
     return line if len(line) <= width else f'{head}(\n    ' + ',\n    '.join(own) + f'\n){to}'
+
+def exported(sym, name:str):
+    "A dataclass as its module has it: the one a notebook makes has no source, so the comments beside its fields are not to be read"
+    m = is_dataclass(sym) and re.search(r'(\w+)/(\w+)\.py', NbdevLookup().code(name) or '')
+    return getattr(import_module(f'{m[1]}.{m[2]}'), sym.__name__, sym) if m else sym
 
 class Card(BasicMarkdownRenderer):
     "nbdev's card with a table in place of the comments in the signature"
@@ -39,12 +50,14 @@ class Card(BasicMarkdownRenderer):
 
     def table(self)->str:
         "Name, type, default and what the comment beside it says; empty when no parameter has a comment"
-        try: t = DocmentTbl(self.sym)
+        try: t = DocmentTbl(exported(self.sym, self.fn))
         except (TypeError, ValueError, KeyError): return ''
         if not t.has_docment: return ''
-        def cell(o): return '' if o is inspect.Parameter.empty or o is type(None) else re.sub(r'(?<!\\)\|', r'\|', str(getattr(o, '__name__', o))).replace('\n', ' ')
-        rows = [[cell(o) for o in r] for r in t._row_list]
-        head = ['  '] + list(t._columns.values())
-        out = [f"| {' | '.join(head)} |", '|' + ' --- |'*len(head)] + [f"| {' | '.join([f'`{r[0]}`'] + r[1:])} |" for r in rows]
-        if t.has_return: out.append(f"| **Returns** | {' | '.join(cell(t.dm['return'][c]) for c in t._columns)} |")
+        def cell(k, o):
+            if o is inspect.Parameter.empty or o is type(None) or k == 'anno' and o is None: return ''
+            text = short(o) if k == 'anno' else f'`{said(o)}`' if k == 'default' else str(o)
+            return re.sub(r'(?<!\\)\|', r'\|', text).replace('\n', ' ')
+        def row(first, values): return f"| {' | '.join([first, *(cell(k, o) for k, o in zip(t._columns, values))])} |"
+        out = [f"| {' | '.join(['Name', *t._columns.values()])} |", '|' + ' --- |'*(1 + len(t._columns)), *(row(f'`{r[0]}`', r[1:]) for r in t._row_list)]
+        if t.has_return: out.append(row('**Returns**', [t.dm['return'][k] for k in t._columns]))
         return '\n'.join(out)

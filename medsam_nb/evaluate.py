@@ -204,6 +204,10 @@ class Evaluation:
         return b.assign(DSC=[score(r) for _, r in b.iterrows()]).nsmallest(n, 'DSC')
 
 # %% ../nbs/11_evaluate.ipynb #432ee9b9
+def _named(name, part):
+    "boxes.csv for the test part, boxes_train.csv for the other"
+    return name if part == 'test' else f'_{part}.'.join(name.split('.'))
+
 def _stored_boxes(path, cases, slacks, labels, seed):
     "boxes.csv: read if it is there, else drawn and written; a box once drawn stays."
     new = pd.concat([draw_boxes(c, slacks, labels, seed) for c in cases], ignore_index=True)
@@ -216,17 +220,17 @@ def _stored_boxes(path, cases, slacks, labels, seed):
     with atomic_path(path) as p: new.to_csv(p, index=False, float_format='%.4f')
     return new.round(4)
 
-def _figures(ev):
-    "curve.png, worst.png-s and figure.png in the run folder."
+def _figures(ev, part):
+    "The curve, the worst and a typical case in the run folder: curve.png, worst_1.png to worst_3.png, figure.png; for another part than test its name is added."
     import matplotlib.pyplot as plt
     def save(fig, name):
-        with atomic_path(ev.run/name) as p: fig.savefig(p, dpi=110, bbox_inches='tight')
+        with atomic_path(ev.run/_named(f'{name}.png', part)) as p: fig.savefig(p, dpi=110, bbox_inches='tight')
         plt.close(fig)
     slack = max(ev.boxes.slack)
-    save(ev.show().figure, 'curve.png')
+    save(ev.show().figure, 'curve')
     typical = ev.boxes[ev.boxes.slack == slack]
-    save(ev.show_box(typical.iloc[len(typical)//2]), 'figure.png')
-    for k, (_, b) in enumerate(ev.worst(3, slack).iterrows()): save(ev.show_box(b), f'worst_{k+1}.png')
+    save(ev.show_box(typical.iloc[len(typical)//2]), 'figure')
+    for k, (_, b) in enumerate(ev.worst(3, slack).iterrows()): save(ev.show_box(b), f'worst_{k+1}')
 
 # %% ../nbs/11_evaluate.ipynb #24260011
 def evaluate(
@@ -250,7 +254,7 @@ def evaluate(
     emb = EmbeddingStore(store or default_store(npz, cfg['model']), wanted=dict(model=cfg['model'], encoder_sha256=models['pretrained'].encoder_sha256))
     cases, who = [read_npz(f) for f in find_npz(npz, part)], patients_of(npz)
     if part == 'test': _no_leak(cases, cfg, who)
-    boxes = _stored_boxes(run/f'boxes{"" if part == "test" else "_"+part}.csv', cases, slacks, labels, seed)
+    boxes = _stored_boxes(run/_named('boxes.csv', part), cases, slacks, labels, seed)
     rows, unscored = [], 0
     for c in tqdm(cases, desc=f'evaluate on {dev.type} -> {run.name}', unit='case'):
         b, e = boxes[boxes.case == c.case], emb.open_case(c)
@@ -261,8 +265,8 @@ def evaluate(
     scores = pd.DataFrame(rows)
     what = 'phantom' if all(c.case.startswith('Phantom') for c in cases) else 'held-out' if part == 'test' else part
     ev = Evaluation(scores, boxes, models, emb, {c.case: c.path for c in cases}, run, what)
-    with atomic_path(run/f'eval{"" if part == "test" else "_"+part}.csv') as p: scores.to_csv(p, index=False)
-    _figures(ev)
+    with atomic_path(run/_named('eval.csv', part)) as p: scores.to_csv(p, index=False)
+    _figures(ev, part)
     return ev
 
 # %% ../nbs/11_evaluate.ipynb #f539c706
@@ -292,4 +296,5 @@ def medsam_evaluate(
     with pd.option_context('display.width', 200, 'display.max_columns', 20):
         print(ev.scores[ev.scores.slack.isin((0,20))].round(3).to_string(index=False))
         print(f'\n{ev.what} results, oracle boxes; mean over patients (95 % bootstrap interval), Wilcoxon p\n{ev.table().to_string(index=False)}')
-    print(f'\nwritten to {ev.run}: eval.csv, boxes.csv, figure.png, curve.png, worst_*.png')
+    names = ', '.join(_named(o, part) for o in ('eval.csv', 'boxes.csv', 'figure.png', 'curve.png', 'worst_*.png'))
+    print(f'\nwritten to {ev.run}: {names}')

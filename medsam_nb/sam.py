@@ -94,7 +94,7 @@ def read_state(
     path = Path(path)
     if not path.is_file(): raise InputError(f"There is no checkpoint at {path}. Give the path of a .pth file, or leave it out to use the zoo's weights.")
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as e:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as e:   # OSError: a file cut very short
         raise InputError(f"{path} cannot be read as a plain state_dict (truncated, not a checkpoint, or it holds pickled code): "
                          f"{str(e).splitlines()[0] if str(e) else type(e).__name__} Fetch it again, or save it with torch.save(model.state_dict(), path).") from e
     if isinstance(state, dict):

@@ -145,7 +145,7 @@ def test_boxes_are_drawn_once_stored_and_shared(world, ev, monkeypatch):
     import medsam_nb.evaluate as E
     seen = []; real = E._logits
     monkeypatch.setattr(E, '_logits', lambda sam, emb, boxes, size: seen.append(boxes[['case','i','slack','x0','y0','x1','y1']].to_numpy().tolist()) or real(sam, emb, boxes, size))
-    monkeypatch.setattr(E, '_figures', lambda ev: None)
+    monkeypatch.setattr(E, '_figures', lambda *a: None)
     again = go(world)
     assert len(seen)==8 and all(seen[i]==seen[i+1] for i in range(0, 8, 2)) and sum(map(len, seen[::2]))==len(stored)
     pd.testing.assert_frame_equal(again.scores, ev.scores); pd.testing.assert_frame_equal(pd.read_csv(run/'boxes.csv'), stored)
@@ -262,7 +262,7 @@ def test_the_worst_slices_are_the_worst(world, ev):
 def test_training_part_has_its_own_files(world, tmp_path):
     npz, store, run = world; r = shutil.copytree(run, tmp_path/'r', ignore=shutil.ignore_patterns('*.csv','*.png'))
     t = go((npz, store, r), part='train')
-    assert (r/'boxes_train.csv').exists() and (r/'eval_train.csv').exists() and not (r/'eval.csv').exists() and t.what=='train' and t.scores.patient.nunique()==2
+    assert (r/'boxes_train.csv').exists() and (r/'eval_train.csv').exists() and not list(r.glob('eval.csv'))+list(r.glob('boxes.csv')) and (r/'curve_train.png').exists() and (r/'worst_1_train.png').exists() and not (r/'curve.png').exists() and t.what=='train' and t.scores.patient.nunique()==2
 
 def test_command(world, ev, capsys):
     npz, store, run = world

@@ -30,15 +30,25 @@ def test_abdomen_ct_gallbladder(real_data, lite, tmp_path):
     say(f"abdomen_ct gallbladder, lite, tight oracle boxes, window medsam: 3-D DSC {row['DSC']:.3f}, NSD(1 mm) {row['NSD']:.3f}, {row['slices']} slices, {row['missed']} missed by curation; 256 grid DSC {row['DSC_256']:.3f}")
     assert row['DSC'] >= .88
 
+class Remembering(Predictor):
+    "Encodes an image once"
+    seen = {}
+    def set_image(self, im, *args):
+        if (key := im.tobytes()) in self.seen: return self.set_embedding(*self.seen[key])
+        super().set_image(im, *args)
+        self.seen[key] = self.embedding[0], self.grid, self.image
+        return self
+
 def test_abdomen_ct_all_organs(real_data, lite, tmp_path):
     "All twelve organs present, predicted as one label map on the volume, written and read back in the source geometry"
     c, = find_cases(real_data/'abdomen_ct/images', real_data/'abdomen_ct/labels')
     vol, lab = read_volume(c.image), read_volume(c.label, kind='label')
     boxes = oracle_boxes(lab)
-    mask = predict_volume(Predictor(lite), vol, boxes, progress=False)
+    predictor = Remembering(lite)
+    mask = predict_volume(predictor, vol, boxes, progress=False)
     ids = sorted(boxes.label.unique())
     table = pd.DataFrame([(i, ORGANS[i], int((lab.array==i).sum()), dsc(mask==i, lab.array==i)) for i in ids], columns=['id', 'organ', 'voxels', 'DSC'])
-    by_iou = predict_volume(Predictor(lite), vol, boxes, progress=False, overlap='iou')
+    by_iou = predict_volume(predictor, vol, boxes, progress=False, overlap='iou')
     table['higher IoU wins'] = [dsc(by_iou==i, lab.array==i) for i in ids]
     say(f'abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one with the higher predicted IoU:\n{table.round(3).to_string(index=False)}\nmean {table.DSC.mean():.3f}, {table["higher IoU wins"].mean():.3f}')
     assert len(table) == 12 and set(table.id) == set(range(1,14))-{10}
@@ -132,7 +142,8 @@ def test_btcv_pretrained_on_all_organs(btcv, lite):
             pred.set_embedding(emb[n], Grid(gts.shape))
             for k in np.unique(gts[gts>0]):
                 gt = gts==k; pieces = instances(gt)
-                rows.append((BTCV[case.label_ids[k-1]], len(pieces), dsc(pred.predict(np.stack([mask_to_box(m) for m in pieces])).masks.any(0), gt), dsc(pred.predict(mask_to_box(gt)).masks[0], gt)))
+                each = dsc(pred.predict(np.stack([mask_to_box(m) for m in pieces])).masks.any(0), gt)
+                rows.append((BTCV[case.label_ids[k-1]], len(pieces), each, dsc(pred.predict(mask_to_box(gt)).masks[0], gt) if len(pieces) > 1 else each))
     t = pd.DataFrame(rows, columns=['organ','pieces','a box for each piece','one box'])
     say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, mean DSC {t["a box for each piece"].mean():.3f} (one box round all pieces: {t["one box"].mean():.3f})\n'
         f'{t.groupby("organ", sort=False).agg({"pieces":"mean", "a box for each piece":"mean", "one box":"mean"}).round(3).assign(masks=t.organ.value_counts()).to_string()}')

@@ -175,10 +175,11 @@ def test_lite_tuned_here_loads_in_its_own_package(tmp_path):
 
 @pytest.mark.parametrize('wrap', [lambda s: s, lambda s: {'model': s, 'optimizer': {}, 'epoch': 3}, lambda s: {'model': {'module.'+k: v for k,v in s.items()}, 'epoch': 3}, lambda s: {'module.'+k: v for k,v in s.items()}], ids=['plain','training','parallel training','parallel'])
 def test_checkpoints_of_medsam_v01_load(hub, tmp_path, vit_b, wrap):
-    "v0.1 saved SAM ViT-B's own keys; its training scripts wrapped them, and several GPUs put `module.` before each"
+    "v0.1 saved SAM ViT-B's own keys and prepared pixels as SAM does; training scripts wrapped them, and several GPUs put `module.` before each"
     f = tmp_path/'medsam_20230423_vit_b_0.0.1.pth'
     hub('medsam_vit_b', saved(wrap(vit_b.state_dict()), f))
-    assert same_state(load_model('medsam', f, 'cpu').state_dict(), vit_b.state_dict())
+    m = load_model('vit_b', f, 'cpu')
+    assert type(m) is Sam and same_state(m.state_dict(), vit_b.state_dict())
     if wrap(dict(a=1))==dict(a=1):
         m = load_model('medsam', device='cpu')   # by the registry: no size is published, md5 only
         assert isinstance(m, MinMaxSam) and same_state(m.state_dict(), vit_b.state_dict())
@@ -240,7 +241,7 @@ def test_pickled_code_is_refused_and_did_not_run(tmp_path, how):
         torch.load(bad, weights_only=False)
         assert trace.exists()                                             # the trap works
 
-@pytest.mark.parametrize('keep', [0, 1, 3, 1000, .3, .9, .999])
+@pytest.mark.parametrize('keep', [0, 1, 3, 1000, 5000, 20000, .3, .9, .999])
 def test_truncated_checkpoint_is_refused(tmp_path, keep):
     b = _lite_weights().read_bytes()
     (f := tmp_path/'cut.pth').write_bytes(b[:keep if keep==0 or keep>=1 else int(len(b)*keep)])

@@ -74,6 +74,7 @@ def test_a_diameter(tmp_path):
     assert np.allclose(rows_of(t)[0], [2, 9, *ask(dict(kind='line', line=[46,40,22,20]), v.shape[1:], v.spacing)['box']]) and t.prompt.tolist() == ['line','box']
     assert not np.allclose(rows_of(t)[0][2:], ask(dict(kind='line', line=[46,40,22,20]), v.shape[1:])['box'])   # spacing counts
 
+@pytest.mark.filterwarnings('ignore:lite was trained with boxes only')
 def test_what_the_drawing_cell_saved(tmp_path):
     draw = pytest.importorskip('medsam_nb.draw')
     v, lab = volume(); s = draw.Session(draw.DrawCase('a', v, lab), {'p': quick(seed=2)}, Recipe())

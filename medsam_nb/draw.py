@@ -27,7 +27,7 @@ from .metrics import dsc, nsd
 from .phantom import ORGANS, make_phantom
 from .predict import BOX_COLUMNS, Predictor, ask, check_prompt, check_prompts, read_prompts
 from .prompt import Grid, mask_to_box
-from .sam import load_model
+from .sam import click_note, load_model
 from .volume import FLAT, MEDICAL, Volume, check_pair, find_cases, has_dicom, image_values, label_values, read_volume, split_name, write_mask
 
 # %% ../nbs/12_draw.ipynb #2f16c53e
@@ -230,6 +230,7 @@ class Session:
         stored, self.note = stored_slices(store, case, self.recipe, first)
         self.embedders = {}
         for s in sams.values():
+            s.click_warned = True   # the status line says it, not stderr
             if s.encoder_sha256 not in self.embedders: self.embedders[s.encoder_sha256] = SliceEmbedder(s, self.vol, self.recipe, stored if s is first else None, on_ready)
         self.grid, self.shape = Grid(self.vol.shape[1:], self.recipe.size, self.recipe.fit), self.vol.shape
         self.prompts, self.past, self.future, self.answers, self.objects = {}, [], [], {}, []   # prompts: (object, z) -> prompt; never changed, only replaced
@@ -570,7 +571,8 @@ def refresh(self:Annotator):
         if s is None: return
         if not s.ready(z): s.want(z)
         self.canvas.answer = s.answer(z, self.decoders, self.seq)
-        self.canvas.status = self.said or ('' if s.ready(z) else 'preparing this slice …')
+        note = click_note(s.sams[self.decoder]) if s.prompts.get((self.canvas.active, z), {}).get('kind') == 'points' else ''
+        self.canvas.status = self.said or (note if s.ready(z) else 'preparing this slice …')
 
 # %% ../nbs/12_draw.ipynb #0d7eb2a6
 @patch

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MODELS', 'LITE_SHA256', 'n_params', 'MinMaxSam', 'ModelSpec', 'build_model', 'read_state', 'load_state',
-           'encoder_sha256', 'load_model', 'zoo', 'decode', 'freeze', 'warn_clicks']
+           'encoder_sha256', 'load_model', 'zoo', 'decode', 'freeze', 'click_note', 'warn_clicks']
 
 # %% ../nbs/06_sam.ipynb #2205cf4c
 import hashlib, pickle, warnings
@@ -213,10 +213,16 @@ def freeze(
     return sam
 
 # %% ../nbs/06_sam.ipynb #7ebd362e
+def click_note(
+    sam:Sam # any model; a name of the zoo in `sam.name`
+)->str: # a sentence for box-trained models, else ''
+    "What to know before clicking."
+    return f'{sam.name} was trained with boxes only: a click or a mask by itself gives poor masks, and beside a box often makes them worse.' if (spec := MODELS.get(getattr(sam, 'name', ''))) and spec.medsam else ''
+
 def warn_clicks(
     sam:Sam # any model; a name of the zoo in `sam.name`
 )->None:
     "Warn, once for a model, that weights trained with boxes only do not understand clicks."
-    if getattr(sam, 'click_warned', False) or not MODELS.get(getattr(sam, 'name', ''), MODELS['vit_b']).medsam: return
+    if getattr(sam, 'click_warned', False) or not click_note(sam): return
     sam.click_warned = True
-    warnings.warn(f"{sam.name} was trained with boxes only: a click or a mask by itself gives poor masks, and beside a box often makes them worse. Draw a box, or use SAM's weights (vit_b, vit_l, vit_h), which were trained with clicks.", UserWarning, stacklevel=3)
+    warnings.warn(f"{click_note(sam)} Draw a box, or use SAM's weights (vit_b, vit_l, vit_h), which were trained with clicks.", UserWarning, stacklevel=3)

@@ -298,6 +298,13 @@ def test_bad_prompt_files_change_nothing(s, change, match):
 
 
 # ---- the application, without a browser ----
+def test_clicks_on_box_trained_weights_are_told_in_the_status_line(app, recwarn):
+    gesture(app); wait(lambda: app.session.ready(app.canvas.z)); app.refresh()
+    assert app.canvas.status == ''
+    gesture(app, dict(kind='points', points=[[30.,30.]], labels=[1])); assert 'lite was trained with boxes only' in app.canvas.status
+    gesture(app); assert app.canvas.status == ''
+    assert not [w for w in recwarn if 'boxes only' in str(w.message)]   # and nowhere else
+
 def test_a_gesture_is_answered(app):
     wait(lambda: app.session.ready(app.canvas.z)); gesture(app, seq=5)
     a, z = app.canvas.answer, app.canvas.z

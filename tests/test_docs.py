@@ -129,6 +129,7 @@ def test_maths_is_drawn_and_no_tex_is_left(visits, root):
         if not re.search(r'\$[^$\s][^$\n]*[\\_^{][^$\n]*\$|\$\$.+?\$\$', text, re.S): continue
         name = (path.relative_to(root/'nbs').parent/docs.page_name(path.name)).with_suffix('.html').as_posix()
         assert visits[name].math, f'{path.name} has formulas and {name} has none'
+    assert visits['metrics.html'].math >= 2 and visits['finetune.html'].math
 
 def test_widgets_show_a_still_and_say_how_to_run(visits, tab):
     assert not bad(visits, lambda v: re.findall(r'Widget\(|VBox\(|HBox\(|Box\(children|widget-view', v.whole))
@@ -218,6 +219,10 @@ def test_api_cards(tab):
     assert row['spacing'][1:3] == ['tuple', '(1, 1)'] and 'mm' in row['spacing'][3] and '(H,W)' in row['shape'][3] and 'Returns' in row
     head, row = rows('prediction')  # a dataclass
     assert head == ['Name', 'Type', 'Default', 'Details'] and '(B,H,W) bool' in row['masks'][3] and row['image'][2] == 'None'
+    method = page.locator('main h4[id="predictor.predict"]')
+    assert method.inner_text().strip('# ') == 'Predictor.predict'
+    text = page.locator('main table:below(h4[id="predictor.predict"])').first.inner_text()
+    assert all(o in text for o in ('box', 'points', 'multimask', 'pixels of the image', 'Returns'))
 
 def test_private_names_have_no_card(site, root):
     index = ' '.join(o.read_text(encoding='utf-8') for o in (root/'medsam_nb').glob('*.py'))

@@ -32,9 +32,23 @@ def signature(sym, name:str, sig, width:int=72)->str:
     return line if len(line) <= width else f'{head}(\n    ' + ',\n    '.join(own) + f'\n){to}'
 
 def exported(sym, name:str):
-    "A dataclass as its module has it: the one a notebook makes has no source, so the comments beside its fields are not to be read"
-    m = is_dataclass(sym) and re.search(r'(\w+)/(\w+)\.py', NbdevLookup().code(name) or '')
+    "A class as its module has it: the one a notebook makes has no source, so the comments in it are not to be read"
+    m = inspect.isclass(sym) and re.search(r'(\w+)/(\w+)\.py', NbdevLookup().code(name) or '')
     return getattr(import_module(f'{m[1]}.{m[2]}'), sym.__name__, sym) if m else sym
+
+def table(sym)->str:
+    "Name, type, default and what the comment beside it says; empty when no parameter has a comment"
+    try: t = DocmentTbl(sym)
+    except (TypeError, ValueError, KeyError): return ''
+    if not t.has_docment: return ''
+    def cell(k, o):
+        if o is inspect.Parameter.empty or o is type(None) or k == 'anno' and o is None: return ''
+        text = short(o) if k == 'anno' else f'`{said(o)}`' if k == 'default' else str(o)
+        return re.sub(r'(?<!\\)\|', r'\|', text).replace('\n', ' ')
+    def row(first, values): return f"| {' | '.join([first, *(cell(k, o) for k, o in zip(t._columns, values))])} |"
+    out = [f"| {' | '.join(['Name', *t._columns.values()])} |", '|' + ' --- |'*(1 + len(t._columns)), *(row(f'`{r[0]}`', r[1:]) for r in t._row_list)]
+    if t.has_return: out.append(row('**Returns**', [t.dm['return'][k] for k in t._columns]))
+    return '\n'.join(out)
 
 class Card(BasicMarkdownRenderer):
     "nbdev's card with a table in place of the comments in the signature"
@@ -44,20 +58,20 @@ class Card(BasicMarkdownRenderer):
         parts.append(f"{'#'*self.title_level} {self.nm}")
         parts.append(f'```python\n{signature(self.sym, self.nm, self.sig)}\n```')
         if self.docs: parts.append(re.sub(r'^(\s*)(.+)', r'\1*\2*', self.docs, count=1))
-        table = self.table()
-        if table: parts.append(table)
+        if t := table(exported(self.sym, self.fn) if is_dataclass(self.sym) else self.sym): parts.append(t)
+        if inspect.isclass(self.sym): parts += [o for f in self.methods() for o in self.method(*f)]
         return '\n\n'.join(parts)
 
-    def table(self)->str:
-        "Name, type, default and what the comment beside it says; empty when no parameter has a comment"
-        try: t = DocmentTbl(exported(self.sym, self.fn))
-        except (TypeError, ValueError, KeyError): return ''
-        if not t.has_docment: return ''
-        def cell(k, o):
-            if o is inspect.Parameter.empty or o is type(None) or k == 'anno' and o is None: return ''
-            text = short(o) if k == 'anno' else f'`{said(o)}`' if k == 'default' else str(o)
-            return re.sub(r'(?<!\\)\|', r'\|', text).replace('\n', ' ')
-        def row(first, values): return f"| {' | '.join([first, *(cell(k, o) for k, o in zip(t._columns, values))])} |"
-        out = [f"| {' | '.join(['Name', *t._columns.values()])} |", '|' + ' --- |'*(1 + len(t._columns)), *(row(f'`{r[0]}`', r[1:]) for r in t._row_list)]
-        if t.has_return: out.append(row('**Returns**', [t.dm['return'][k] for k in t._columns]))
-        return '\n'.join(out)
+    def methods(self)->list:
+        "The class's own public methods whose parameters are explained: (name, function, table)"
+        cls = exported(self.sym, self.fn)
+        own = [(k, inspect.unwrap(getattr(cls, k))) for k, v in vars(self.sym).items() if not k.startswith('_') and (inspect.isfunction(v) or isinstance(v, (classmethod, staticmethod)))]
+        return [(k, f, t) for k, f in own if (t := table(f))]
+
+    def method(self, name, f, t)->list:
+        "A smaller card below the class's"
+        full = f'{self.nm}.{name}'
+        own = inspect.signature(f)
+        sig = own.replace(parameters=[p for k, p in own.parameters.items() if k not in ('self', 'cls')])
+        doc = inspect.getdoc(f) or ''
+        return [f"{'#'*(self.title_level+1)} {full}", f'```python\n{signature(f, full, sig)}\n```', *([f'*{doc.splitlines()[0]}*'] if doc else []), t]

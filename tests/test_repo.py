@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LIB = ROOT/'medsam_nb'
 sys.path.insert(0, str(ROOT/'tools'))
-import pins
+import notebooks as runner, pins
 
 ORDER = 'core show volume phantom curate prompt sam embed predict metrics finetune evaluate draw segment doctor pre_CT pre_grey_rgb2D'.split()
 MB = 1_000_000
@@ -145,6 +145,56 @@ def test_addresses_live_in_core():
     url = re.compile(r'(?:https?|ftp|s3)://(?!127\.0\.0\.1|localhost)')
     bad = [(o, source(c)[:60]) for o in notebooks() if o != 'nbs/00_core.ipynb' for c in cells(o) if url.search(source(c)) and not flags(c) & {'eval', 'slow', 'cuda'}]
     assert bad == []
+
+# ---- translations: nbs/ko/
+
+def translations(): return [o for o in notebooks() if re.match('nbs/[a-z]{2}/', o)]
+def original(name): return where(runner.original(ROOT/name))
+def translated(f): return pytest.mark.parametrize('name', translations() if (ROOT/'.git').exists() else [], ids=lambda o: o.removeprefix('nbs/'))(f)
+def prose(name): return '\n\n'.join(source(c) for c in cells(name, 'markdown'))
+def blocks(name): return [o.rstrip() for o in re.findall(r'(?:(?:^ {4}.*\n?)+\n*)+', prose(name), re.M)]
+def said(name): return {o for o in re.findall(r'`([^`\n]+)`', re.sub(r'^ {4}.*$', '', prose(name), flags=re.M))}
+def pages(name):
+    "What a notebook links to; a translation counts as its original"
+    to = {os.path.normpath(os.path.join(os.path.dirname(name), o)) if not re.match(r'[a-z]+:', o) else o for o in re.findall(r'\]\(([^)\s]+)\)', prose(name))}
+    return {original(o) if o in translations() else o for o in to}
+
+def test_there_are_translations(): assert {'nbs/ko/index.ipynb', 'nbs/ko/flare22_gallbladder.ipynb'} <= set(translations())
+
+@translated
+def test_a_translation_has_the_code_and_the_outputs_of_its_original(name):
+    mine, theirs = cells(name), cells(original(name))
+    assert [runner.ALT.sub('', source(c)) for c in mine] == [runner.ALT.sub('', source(c)) for c in theirs], 'only prose and #| fig-alt lines are translated'
+    assert [c['outputs'] for c in mine] == [c['outputs'] for c in theirs], f'tools/notebooks.py {name} takes them over'
+    assert [flags(c) for c in mine] == [flags(c) for c in theirs]
+
+@translated
+def test_a_translation_says_the_same_commands_names_and_links(name):
+    orig = original(name)
+    assert blocks(name) == blocks(orig), 'an indented block of code'
+    assert said(name) ^ said(orig) == set(), 'something in backticks'
+    assert pages(name) ^ pages(orig) == set(), 'a link'
+    assert [len(re.findall('^##', source(c), re.M)) for c in cells(name, 'markdown')] == [len(re.findall('^##', source(c), re.M)) for c in cells(orig, 'markdown')], 'a heading'
+
+def test_only_translations_with_code_are_skipped_and_that_is_said():
+    assert [o for o in notebooks() if runner.skips(ROOT/o)] == [o for o in translations() if cells(o)]
+    name = 'nbs/ko/flare22_gallbladder.ipynb'
+    r = subprocess.run([sys.executable, 'tools/nbtest.py', name], cwd=ROOT, capture_output=True, text=True)
+    assert r.returncode == 0 and f'{name}: not run' in r.stdout and original(name) in r.stdout, r.stdout + r.stderr
+    with pytest.raises(ValueError, match='translation of no notebook'): runner.original(ROOT/'nbs'/'00_core.ipynb')
+
+def test_a_translation_takes_outputs_of_the_same_code_only(tmp_path):
+    name = 'nbs/ko/flare22_gallbladder.ipynb'
+    nb = json.loads(text(name))
+    for c in nb['cells']:
+        if c['cell_type'] == 'code': c['outputs'] = []
+    (made := tmp_path/'ko.ipynb').write_text(json.dumps(nb), encoding='utf-8')
+    runner.borrow(made, ROOT/original(name))
+    assert json.loads(made.read_text(encoding='utf-8')) == json.loads(text(name))
+    last = next(c for c in reversed(nb['cells']) if c['cell_type'] == 'code')
+    last['source'] = ['1 + 1']
+    made.write_text(json.dumps(nb), encoding='utf-8')
+    with pytest.raises(ValueError, match='differs'): runner.borrow(made, ROOT/original(name))
 
 # ---- nothing that works on one machine only
 

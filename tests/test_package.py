@@ -102,3 +102,12 @@ def test_a_command_works_outside_the_repository(python, tmp_path):
     assert {'images', 'labels'} <= {o.name for o in (tmp_path/'mine').iterdir()}
     r = run(python.parent/'medsam_curate', 'nowhere', 'nowhere', '--label_id', '9', '--out', 'x', cwd=tmp_path, ok=None)
     assert r.returncode == 2 and 'nowhere' in r.stderr and 'Traceback' not in r.stderr, r.stderr
+
+def test_the_first_mask_of_the_readme(python, tmp_path):
+    "The Python lines of the README, as they stand there, in the fresh environment and far from the repository"
+    text = (ROOT/'README.md').read_text(encoding='utf-8').split('## A first mask')[1].split('\n## ')[0]
+    code = '\n'.join(o[4:] for o in text.splitlines() if o.startswith('    '))
+    assert 'Predictor' in code and 'make_phantom' in code
+    (tmp_path/'first.py').write_text(code + '\nassert found.masks.shape == (1, 256, 256) and 300 < found.masks.sum() < 1500, found\n', encoding='utf-8')
+    run(python, 'first.py', cwd=tmp_path)
+    assert (tmp_path/'mask.png').stat().st_size > 5000

@@ -90,6 +90,17 @@ def test_every_chapter_opens_with_title_and_line():
     bad = [o for o in notebooks() if not re.match(r'# \S.*\n+> \S', source(cells(o, 'markdown')[0]))]
     assert bad == []
 
+def test_tutorials_say_what_they_need_and_where_to_go_next():
+    "Time, memory and data before the first code; the way on at the end, and on pages of how-to and explanation too"
+    for o in notebooks():
+        if not o.startswith('nbs/tutorials/'): continue
+        text = json.loads((ROOT/o).read_text(encoding='utf-8'))['cells']
+        start = '\n'.join(source(c) for c in text[:next(i for i, c in enumerate(text) if c['cell_type'] == 'code')])
+        need = re.search(r'\*\*What you need:\*\*(.*)', start)
+        assert need and all(w in need[1] for w in ('minutes', 'GB of memory')) and re.search('data|FLARE22Train', need[1]), o
+    bad = [o for o in notebooks() if re.match('nbs/(tutorials|howto|explain)/', o) and '**Where next:**' not in source(cells(o, 'markdown')[-1])]
+    assert bad == []
+
 def test_no_stored_error():
     bad = [o for o in notebooks() for c in cells(o) for out in c.get('outputs', []) if out['output_type'] == 'error' or out.get('name') == 'stderr']
     assert bad == [], 'a stored error, or warnings on stderr'

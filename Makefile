@@ -78,7 +78,7 @@ lint: $(STAMP)
 	@$(BIN)/python -m pytest -q tests/test_repo.py
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py

@@ -1,5 +1,5 @@
 "The drawing cell in a real JupyterLab and a real Notebook 7, with a real Chromium and the real model"
-import json
+import json, os, re, shutil, signal, subprocess, time
 import numpy as np, pytest
 from scipy.ndimage import binary_dilation, binary_erosion
 from labs import FLAGS, Notebook, Server, chromium
@@ -304,3 +304,36 @@ def test_wrong_input_is_a_sentence_in_the_cell(browser, server):
     nb = Notebook(browser.new_context().new_page(), server, server.notebook('wrong', 'from medsam_nb.draw import annotate\nannotate("nowhere")'))
     nb.js("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }"); out = nb.page.locator('.jp-OutputArea-output'); out.first.wait_for(timeout=60_000)
     t = out.first.inner_text(); assert t.startswith('There is nothing at nowhere') and 'Traceback' not in t and len(t.splitlines()) == 1; nb.page.context.close()
+
+
+# ---- make lab ----
+@pytest.mark.skipif(not shutil.which('make'), reason='there is no make on this machine')
+def test_make_lab_opens_the_index(browser, root, tmp_path):
+    "`make lab` as people type it: JupyterLab asks the system's browser for the index, and Chromium shows it with its links"
+    if not (root/'.venv'/'.made').exists(): pytest.skip('make lab needs .venv, which make env makes')
+    before = (root/'nbs'/'index.ipynb').read_bytes()
+    (tmp_path/'config'/'labconfig').mkdir(parents=True)
+    (tmp_path/'config'/'jupyter_server_config.json').write_text(json.dumps(dict(ServerApp=dict(allow_root=True, port=0), LabApp=dict(extension_manager='readonly', expose_app_in_browser=True))))
+    (tmp_path/'config'/'labconfig'/'page_config.json').write_text(json.dumps({'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}))
+    (open_ := tmp_path/'browser').write_text(f'#!/bin/sh\nprintf %s "$1" > {tmp_path}/asked.tmp && mv {tmp_path}/asked.tmp {tmp_path}/asked\n'); open_.chmod(0o755)
+    dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')} | {k: str(tmp_path/v) for k, v in dirs.items()} | dict(BROWSER=f'{open_} %s', PYTHONWARNINGS='ignore')
+    with open(tmp_path/'log', 'wb') as log: p = subprocess.Popen(['make', 'lab'], cwd=root, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        end = time.monotonic()+90
+        while not (tmp_path/'asked').exists():
+            assert p.poll() is None and time.monotonic() < end, (tmp_path/'log').read_text()[-3000:]
+            time.sleep(.2)
+        asked = (tmp_path/'asked').read_text()
+        page = browser.new_page()
+        page.goto(asked, wait_until='domcontentloaded')   # a file that leads to the server, with its token
+        page.wait_for_url(re.compile('/lab/tree/nbs/index.ipynb'), timeout=60_000)
+        page.locator('.jp-RenderedMarkdown h1', has_text='medsam_nb').first.wait_for(timeout=60_000)
+        page.locator('.jp-RenderedMarkdown a', has_text='Draw a box').first.click()
+        page.locator('.lm-TabBar-tabLabel', has_text='draw_a_box.ipynb').first.wait_for(timeout=30_000)
+        page.close()
+    finally:
+        os.killpg(p.pid, signal.SIGTERM)
+        try: p.wait(10)
+        except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
+    assert (root/'nbs'/'index.ipynb').read_bytes() == before   # looking changes nothing

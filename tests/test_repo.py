@@ -122,6 +122,17 @@ def test_figures_are_stored():
     bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if not exports(c) and 'hide' not in flags(c) and draws(c) and not pictures(c)]
     assert bad == [], 'a cell that draws has no picture stored: make notebooks'
 
+def test_values_are_stored():
+    "A cell that ends in a value, or that prints, shows it"
+    def says(c):
+        body = ast.parse(re.sub(r'^[%!].*$', '', source(c), flags=re.M)).body
+        if any(isinstance(o, ast.Expr) and isinstance(o.value, ast.Call) and getattr(o.value.func, 'id', '') == 'print' for o in body): return True
+        v = body[-1].value if body and isinstance(body[-1], ast.Expr) else None
+        if getattr(v, 'id', '') == 'app': return False   # the drawing cell, whose still picture stands below
+        return isinstance(v, (ast.Name, ast.JoinedStr, ast.Tuple, ast.Dict, ast.Subscript)) or isinstance(v, ast.Call) and getattr(getattr(v.func, 'value', None), 'id', '') == 'pd'
+    bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if not exports(c) and not flags(c) & {'hide', 'eval', 'cuda', 'slow', 'output'} and not source(c).rstrip().endswith(';') and says(c) and not c.get('outputs')]
+    assert bad == [], 'a cell whose output is not stored: make notebooks'
+
 def test_figures_have_alt_text():
     bad = [(o, source(c)[:60]) for o in notebooks() for c in cells(o) if pictures(c) and not flags(c) & {'fig-alt', 'hide'}]
     assert bad == [], 'a figure without #| fig-alt'

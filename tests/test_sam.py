@@ -200,6 +200,20 @@ def test_a_checkpoint_of_another_model_says_of_which(hub, tmp_path, vit_b):
     torch.save(dict(a=torch.zeros(1)), f)
     with pytest.raises(InputError, match='It fits no model of the zoo'): load_model('lite', f)
 
+def test_a_path_is_enough(hub, tmp_path, vit_b):
+    "The model is the one the checkpoint fits; where two have the same keys, the run's config.json decides, or the caller"
+    torch.save(lite().state_dict(), f := tmp_path/'mine.pth')
+    for path in (f, str(f)):
+        m = load_model(path, device='cpu')
+        assert m.name=='lite' and isinstance(m, MinMaxSam) and m.encoder_sha256==lite().encoder_sha256
+    torch.save(vit_b.state_dict(), f := tmp_path/'best.pth')
+    with pytest.raises(InputError, match=r"best.pth fits vit_b and medsam: say which it is, load_model\('vit_b', "): load_model(f, device='cpu')
+    (tmp_path/'config.json').write_text('{"model": "medsam"}')
+    assert isinstance(load_model(f, device='cpu'), MinMaxSam)
+    torch.save(dict(a=torch.zeros(1)), f)
+    with pytest.raises(InputError, match='fits no model of the zoo'): load_model(f, device='cpu')
+    with pytest.raises(InputError, match="no model called '.*nowhere.pth', and no checkpoint there"): load_model(tmp_path/'nowhere.pth')
+
 def test_the_table_of_the_zoo(hub):
     torch.manual_seed(0); t = zoo(); after = torch.rand(1)
     torch.manual_seed(0); assert torch.equal(after, torch.rand(1))   # looking changes no seed

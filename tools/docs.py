@@ -15,8 +15,8 @@ LIVE = {'en': 'A still picture: this page has no kernel. For the live cell, run 
         'ko': '정지 화면입니다. 직접 그려 보려면 `make lab`을 실행하고 `nbs/tutorials/draw_a_box.ipynb`를 여십시오.'}
 
 LABELS = {'en': dict(skip='Skip to the text', site='Site', place='Place', pages='All pages', page='Contents', margin='On this page', next='Previous and next page', dark='Dark colours', copy='Copy'),
-          'ko': dict(skip='본문으로 건너뛰기', site='사이트', place='현재 위치', pages='모든 쪽', page='차례', margin='이 쪽의 내용', next='이전 쪽과 다음 쪽', dark='어두운 색', copy='복사')}
-SAID = {'ko': {'>On this page<': '>이 쪽의 내용<', 'placeholder="Search" aria-label="Search"': 'placeholder="검색" aria-label="검색"', 'Report an issue': '문제 알리기'}}
+          'ko': dict(skip='본문으로 건너뛰기', site='사이트', place='현재 위치', pages='모든 페이지', page='차례', margin='이 페이지의 내용', next='이전 페이지와 다음 페이지', dark='어두운 색', copy='복사')}
+SAID = {'ko': {'>On this page<': '>이 페이지의 내용<', 'placeholder="Search" aria-label="Search"': 'placeholder="검색" aria-label="검색"', 'Report an issue': '문제 알리기'}}
 
 def lang_of(page)->str:
     "Language of a page or notebook: the name of its folder where that is a language, such as ko/, else English"

@@ -230,7 +230,6 @@ class Session:
         stored, self.note = stored_slices(store, case, self.recipe, first)
         self.embedders = {}
         for s in sams.values():
-            s.click_warned = True   # the status line says it, not stderr
             if s.encoder_sha256 not in self.embedders: self.embedders[s.encoder_sha256] = SliceEmbedder(s, self.vol, self.recipe, stored if s is first else None, on_ready)
         self.grid, self.shape = Grid(self.vol.shape[1:], self.recipe.size, self.recipe.fit), self.vol.shape
         self.prompts, self.past, self.future, self.answers, self.objects = {}, [], [], {}, []   # prompts: (object, z) -> prompt; never changed, only replaced
@@ -312,7 +311,7 @@ def segment(self:Session,
     "The mask of a prompt; asked for once, remembered until the prompt changes."
     prompt, old = prompt or self.prompts[object,z], self.answers.get((decoder,object,z))
     if old is not None and old.prompt == prompt: return old
-    p = Predictor(self.sams[decoder]).set_embedding(self.embedder(decoder).get(z), self.grid)
+    p = Predictor(self.sams[decoder], quiet=True).set_embedding(self.embedder(decoder).get(z), self.grid)
     pred = p.predict(**ask(prompt, self.shape[1:], self.vol.spacing))
     a = Answer(prompt, pred.masks[0], float(pred.iou[0]))
     if self.label is not None: a.dsc, a.nsd = self._scores(a.mask, object, z)

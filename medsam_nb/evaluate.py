@@ -206,7 +206,7 @@ class Evaluation:
 # %% ../nbs/11_evaluate.ipynb #432ee9b9
 def _named(name, part):
     "boxes.csv for the test part, boxes_train.csv for the other"
-    return name if part == 'test' else f'_{part}.'.join(name.split('.'))
+    return name if part == 'test' else f'{Path(name).stem}_{part}{Path(name).suffix}'
 
 def _stored_boxes(path, cases, slacks, labels, seed):
     "boxes.csv: read if it is there, else drawn and written; a box once drawn stays."

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from .core import InputError
 from .curate import Recipe, intensity_limits, normalize, rescale, resize_image, resize_label
 from .embed import encode
-from .prompt import Grid, check_box, instances, line_to_box, mask_to_box, next_click
+from .prompt import Grid, as_array, check_box, instances, line_to_box, mask_to_box, next_click
 from .sam import decode, load_model, warn_clicks
 from .show import show_slice
 from .volume import Volume
@@ -57,16 +57,18 @@ def _check_image(im):
         raise InputError(f"The image is {im.dtype} of shape {im.shape}; (H,W) or (H,W,3) with values 0 to 255 is needed. Intensities of a scan go through curate.normalize first.")
     return im
 
+# %% ../nbs/08_predict.ipynb #30912a71
 class Predictor:
     "Prompts in the pixels of your image, masks in the pixels of your image."
     def __init__(self,
-        sam='lite',         # a loaded model, or the name of one
+        sam='lite',         # a loaded model, or the name or the .pth file of one
         checkpoint=None,    # with a name: a .pth file instead of the zoo's weights
         device=None,        # with a name: 'cpu', 'cuda', 'mps' or None
-        precision='fp32'    # arithmetic of the encoder
+        precision='fp32',   # arithmetic of the encoder
+        quiet:bool=False    # no warning about clicks on weights that were trained with boxes
     ):
-        self.sam = load_model(sam, checkpoint, device) if isinstance(sam, str) else sam
-        self.precision, self.embedding, self.image = precision, None, None
+        self.sam = load_model(sam, checkpoint, device) if isinstance(sam, (str,Path)) else sam
+        self.precision, self.quiet, self.embedding, self.image = precision, quiet, None, None
 
     def set_image(self,
         im:np.ndarray, # (H,W) or (H,W,3), 0..255: uint8 as `normalize` gives it, or float32 as `rescale` does
@@ -89,7 +91,7 @@ class Predictor:
         return self
 
     def predict(self,
-        box=None,             # (4,) or (B,4) x0 y0 x1 y1, pixels of the image
+        box=None,             # (4,) or (B,4) x0 y0 x1 y1, pixels of the image; what reaches over its edge is cut off
         points=None,          # (P,2) or (B,P,2) x y, pixels of the image
         labels=None,          # (P,) or (B,P): 1 foreground, 0 background; default all 1
         mask=None,            # (256,256) or (B,256,256) logits of an earlier prediction; or a mask, (H,W) or (B,H,W) bool, pixels of the image
@@ -97,60 +99,68 @@ class Predictor:
     )->Prediction: # errors: `InputError` without an image, without a prompt, or for a prompt that cannot be
         "Masks for one prompt or for many; many share the one embedding."
         if self.embedding is None: raise InputError("No image is set. Call set_image(im) first.")
-        if box is None and points is None and mask is None: raise InputError("There is no prompt. Give a box, points, or the mask logits of an earlier prediction.")
-        prompts = self._prompts(box, points, labels, mask)
-        if box is None or points is not None or mask is not None: warn_clicks(self.sam)
+        asked = _asked(self.grid, box, points, labels, mask)
+        if not self.quiet and asked.keys() != {'boxes'}: warn_clicks(self.sam)
         with torch.inference_mode():
-            logits, iou = decode(self.sam, self.embedding, multimask=multimask, **prompts)
+            logits, iou = decode(self.sam, self.embedding, multimask=multimask, **self._frame(asked))
             masks = self.grid.mask_from_grid(logits) > self.sam.mask_threshold
         pick = (lambda t: t.cpu().numpy()) if multimask else (lambda t: t[:,0].cpu().numpy())
-        points, labels = (None, None) if points is None else _check_points(points, labels, self.grid.shape)
-        return Prediction(pick(masks), pick(iou), pick(logits), self.image, None if box is None else np.asarray(box, np.float32).reshape(-1,4), points, labels)
+        return Prediction(pick(masks), pick(iou), pick(logits), self.image, asked.get('boxes'), asked.get('points'), asked.get('labels'))
 
 # %% ../nbs/08_predict.ipynb #256b1e7d
 def _floats(a, what, need):
     "A float32 array, or an `InputError` that says what was needed."
-    try: return np.asarray(a, np.float32)
+    try: return as_array(a).astype(np.float32)
     except (TypeError, ValueError): raise InputError(f"{what} cannot be read as numbers: {a!r}; {need} is needed.") from None
 
+def _check_boxes(boxes, shape):
+    "Boxes (B,4) float32 inside the image, or an `InputError`."
+    b = _floats(boxes, 'box', '(4,) or (B,4) x0 y0 x1 y1')
+    if b.ndim not in (1,2) or 0 in b.shape: raise InputError(f"box has shape {b.shape}; (4,) or (B,4) x0 y0 x1 y1 is needed, with at least one box.")
+    return np.stack([check_box(o, shape) for o in np.atleast_2d(b)])
+
 def _check_points(points, labels, shape):
-    "Points (B,P,2) float32 and labels (B,P), or an `InputError`."
+    "Points (B,P,2) float32 and labels (B,P) int64, or an `InputError`."
     points = _floats(points, 'points', '(P,2) or (B,P,2) x y')
     if points.ndim == 2: points = points[None]
     if points.ndim != 3 or points.shape[-1] != 2 or 0 in points.shape: raise InputError(f"points have shape {points.shape}; (P,2) or (B,P,2) x y is needed.")
     H, W = shape
     if not ((points >= 0)&(points <= (W,H))).all(): raise InputError(f"A point lies outside the image of {W} x {H} pixels, or is not a number: {points.reshape(-1,2).tolist()[:4]}")
-    labels = np.ones(points.shape[:2], np.int64) if labels is None else np.atleast_2d(labels)
-    if labels.shape != points.shape[:2] or not np.isin(labels, (0,1)).all(): raise InputError(f"labels have to be one 0 (background) or 1 (foreground) per point; found {labels.tolist()} for {points.shape[1]} points.")
-    return points, labels
+    l = np.ones(points.shape[:2]) if labels is None else np.atleast_2d(_floats(labels, 'labels', 'one 0 (background) or 1 (foreground) per point'))
+    if l.shape != points.shape[:2] or not np.isin(l, (0,1)).all(): raise InputError(f"labels have to be one 0 (background) or 1 (foreground) per point; found {l.tolist()} for {points.shape[1]} points.")
+    return points, l.astype(np.int64)
 
+# %% ../nbs/08_predict.ipynb #46003f01
 def _check_mask(mask, grid):
     "Logits (B,1,256,256) float32 for the prompt encoder, or an `InputError`."
-    logits, m = np.asarray(mask).dtype.kind == 'f', _floats(mask, 'mask', 'logits (256,256) or a bool mask of the image')
-    if m.ndim not in (2,3) or m.shape[-2:] != ((256,256) if logits else grid.shape) or 0 in m.shape or not np.isfinite(m).all():
-        raise InputError(f"The mask prompt is {np.asarray(mask).dtype} of shape {m.shape}{'' if np.isfinite(m).all() else ' with values that are not finite'}; needed are logits (256,256) of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}.")
-    m = m.reshape(-1, *m.shape[-2:])
-    if not logits: m = np.stack([np.where(resize_label(o != 0, grid.size, grid.fit), 8, -8) for o in m]).astype(np.float32)
+    m = _floats(mask, 'mask', 'logits (256,256), or a bool mask of the image')
+    logits = np.issubdtype(as_array(mask).dtype, np.floating)
+    shape = (256,256) if logits else grid.shape
+    if m.ndim not in (2,3) or m.shape[-2:] != shape or 0 in m.shape or not np.isfinite(m).all():
+        raise InputError(f"The mask prompt is {as_array(mask).dtype} of shape {m.shape}{'' if np.isfinite(m).all() else ' with values that are not finite'}; "
+                         f"needed are logits (256,256) of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}.")
+    if logits and m.any() and np.isin(m, (0,1)).all(): raise InputError("The mask prompt holds floats, all 0 or 1, and floats are taken for logits: pass mask > 0 for a mask of the image.")
+    m = m.reshape(-1, *shape)
+    if not logits: m = np.stack([np.where(resize_label(o != 0, 256, grid.fit), 8, -8) for o in m]).astype(np.float32)
     return m[:,None]
 
-@patch
-def _prompts(self:Predictor, box, points, labels, mask):
-    "Prompts in the model's frame, as tensors, for `decode`."
-    device, size, out = self.embedding.device, self.sam.image_encoder.img_size, {}
-    def frame(c): return torch.as_tensor(self.grid.to_model(self.grid.to_grid(c), size), dtype=torch.float32, device=device)
-    if box is not None:
-        try: box = np.asarray(box)
-        except ValueError: raise InputError(f"box is {box!r}: (4,) or (B,4) x0 y0 x1 y1 is needed.") from None
-        if box.ndim not in (1,2) or 0 in box.shape: raise InputError(f"box has shape {box.shape}; (4,) or (B,4) x0 y0 x1 y1 is needed, with at least one box.")
-        out['boxes'] = frame(np.stack([check_box(b, self.grid.shape) for b in (box[None] if box.ndim == 1 else box)]))
-    if points is not None:
-        points, labels = _check_points(points, labels, self.grid.shape)
-        out.update(points=frame(points), labels=torch.as_tensor(labels, device=device))
+def _asked(grid, box=None, points=None, labels=None, mask=None):
+    "What was asked, as arrays in image pixels: boxes (B,4), points (B,P,2) and labels (B,P), masks (B,1,256,256); or an `InputError`."
+    out = {}
+    if box is not None: out['boxes'] = _check_boxes(box, grid.shape)
+    if points is not None: out['points'], out['labels'] = _check_points(points, labels, grid.shape)
     elif labels is not None: raise InputError("labels were given without points.")
-    if mask is not None: out['masks'] = torch.as_tensor(_check_mask(mask, self.grid), device=device)
+    if mask is not None: out['masks'] = _check_mask(mask, grid)
+    if not out: raise InputError("There is no prompt. Give a box, points, or the mask logits of an earlier prediction.")
     n = {k: len(v) for k, v in out.items() if k != 'labels'}
     if len(set(n.values())) > 1: raise InputError(f"The prompts do not pair: {n}. Give as many of each, one per mask you want.")
     return out
+
+@patch
+def _frame(self:Predictor, asked):
+    "Checked prompts as tensors in the model's frame, for `decode`."
+    def f(k, v): return self.grid.to_model(self.grid.to_grid(v), self.sam.image_encoder.img_size).astype(np.float32) if k in ('boxes','points') else v
+    return {k: torch.as_tensor(f(k, v), device=self.embedding.device) for k, v in asked.items()}
 
 # %% ../nbs/08_predict.ipynb #65218b12
 def click_rounds(
@@ -160,15 +170,15 @@ def click_rounds(
     box=None,           # (4,) x0 y0 x1 y1: begin with a box, and keep it
     carry:bool=True     # show the decoder the logits of its last mask
 )->list: # of `Prediction`: after the box (if there is one), then after each click; shorter than `n` only if the mask is right before
-    "Oracle clicks, each into the largest error of the last mask, as in SAM's own evaluation."
+    "Oracle clicks, each into the largest error of the last mask."
     out, clicks = [] if box is None else [predictor.predict(box)], []
     for _ in range(n):
         last = out[-1] if out else None
-        click = next_click(last.masks[0] if last else np.zeros_like(truth, bool), truth, [c[0] for c in clicks])
+        click = next_click(np.zeros_like(truth, bool) if last is None else last.masks[0], truth, [c[0] for c in clicks])
         if click is None: break
         clicks.append(click)
-        p = predictor.predict(box, points=np.stack([c[0] for c in clicks]), labels=[c[1] for c in clicks], mask=last.logits if last and carry else None, multimask=not last)
-        out.append(p if last else p.best())
+        p = predictor.predict(box, points=np.stack([c[0] for c in clicks]), labels=[c[1] for c in clicks], mask=last.logits if carry and last is not None else None, multimask=last is None)
+        out.append(p.best())
     return out
 
 # %% ../nbs/08_predict.ipynb #88c482ec
@@ -184,10 +194,10 @@ def check_prompt(
         line_to_box(prompt.get('line'), shape)
         return dict(kind=kind, line=[float(v) for v in prompt['line']], **extra)
     if kind != 'points': raise InputError(f"A prompt is {prompt!r}: its kind has to be 'box', 'line' or 'points'.")
-    points, labels = np.asarray(prompt.get('points'), float), prompt.get('labels')
-    if points.ndim != 2 or points.shape[1] != 2 or not np.isfinite(points).all() or (points < 0).any() or (points > shape[1::-1]).any(): raise InputError(f"The points {prompt.get('points')!r} are not x y pairs inside the slice (width {shape[1]}, height {shape[0]}).")
-    if not isinstance(labels, (list,tuple)) or len(labels) != len(points) or not set(labels) <= {0,1}: raise InputError(f"The labels {labels!r} have to be one 0 (background) or 1 (foreground) per point; there are {len(points)}.")
-    return dict(kind=kind, points=points.tolist(), labels=[int(l) for l in labels], **extra)
+    if prompt.get('labels') is None: raise InputError(f"A prompt of clicks has no labels: {prompt!r}. Give one 0 (background) or 1 (foreground) per point.")
+    points, labels = _check_points(prompt.get('points'), prompt['labels'], shape)
+    if len(points) != 1: raise InputError(f"points have shape {points.shape}; the clicks of one prompt, (P,2), are needed.")
+    return dict(kind=kind, points=points[0].tolist(), labels=labels[0].tolist(), **extra)
 
 def ask(
     prompt:dict,  # as `check_prompt` gives it
@@ -239,6 +249,7 @@ def everything(
 )->list: # of dicts with 'segmentation' (H,W) bool, 'area', 'predicted_iou', …, largest first
     "Regions without prompts and without names."
     warn_clicks(sam)
+    im = np.rint(_check_image(im)).astype(np.uint8)
     rgb = np.stack([im]*3, -1) if im.ndim == 2 else im
     batch = dict(points_per_batch=64 if sam.pixel_mean.is_cuda else 16)   # 64 clicks at once take 3 GB
     return sorted(SamAutomaticMaskGenerator(sam, **(batch|kwargs)).generate(rgb), key=lambda r: -r['area'])
@@ -277,9 +288,10 @@ def label_map(
 )->np.ndarray: # (H,W) uint16
     "The masks of an image as one label map."
     if overlap not in ('smaller', 'iou'): raise InputError(f"overlap is {overlap!r}: use 'smaller' or 'iou'.")
-    if len(labels) != len(pred): raise InputError(f"{len(pred)} masks came with {len(labels)} labels: give one for each.")
+    pred, ids = pred.best(), np.asarray(labels)
+    if ids.shape != (len(pred),) or ids.dtype.kind not in 'iu' or not ((ids >= 1)&(ids <= 65535)).all(): raise InputError(f"labels are {labels!r}: give one whole number from 1 to 65535 for each of the {len(pred)} masks.")
     out = np.zeros(pred.masks.shape[-2:], np.uint16)
-    for j in np.argsort(-pred.masks.sum((1,2)) if overlap == 'smaller' else pred.iou, kind='stable'): out[pred.masks[j]] = labels[j]
+    for j in np.argsort(-pred.masks.sum((1,2)) if overlap == 'smaller' else pred.iou, kind='stable'): out[pred.masks[j]] = ids[j]
     return out
 
 def _clicked(boxes): return boxes.points.map(lambda p: isinstance(p, (list,np.ndarray))) if 'points' in boxes else pd.Series(False, boxes.index)

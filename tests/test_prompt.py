@@ -225,6 +225,14 @@ def test_short_diameter_equals_brute_force(H, W, sy, sx, seed):
     d = (short[2:]-short[:2])*mm
     assert np.linalg.norm(d)==pytest.approx(length, rel=1e-4, abs=1e-4) and abs(d@u)<1e-4*max(length, 1)   # a right angle, in mm
 
+def test_short_diameter_of_a_bar():
+    "Ends in order, the first of several places as wide, and a box of both lines with its margin"
+    m = np.zeros((20,30), bool); m[5:9,4:24] = True
+    line,_ = longest_diameter(m)
+    short,mm = short_diameter(m, [4,7,24,7])
+    assert short.tolist()==[4,5,4,9] and mm==4
+    np.testing.assert_allclose(line_to_box([4,7,24,7], m.shape, short=[14,5,14,9]), [4-.4,5-.4,24+.4,9+.4], atol=1e-5)
+
 def test_short_diameter_refuses():
     m = np.ones((4,9), bool)
     with pytest.raises(InputError, match='empty'): short_diameter(~m, [0,2,9,2])
@@ -265,6 +273,9 @@ def test_next_click_by_hand():
     more = t.copy(); more[0:19,20:29] = True
     assert next_click(more, t)[1]==0 and next_click(more, t)[0][0]>20
     with pytest.raises(InputError, match='one grid'): next_click(t[1:], t)
+    even = np.zeros((10,30), bool); even[2:5,2:5] = True; pred = np.zeros_like(even); pred[2:5,20:23] = True
+    assert next_click(pred, even)[1]==1                      # of two errors of one size, what is missing
+    assert next_click(pred, even, [(30.,10.)])[1]==1         # a click on the image's very edge
     clicks = []
     for _ in range(6):                                       # the mask stays empty: clicks spread over the object
         p, l = next_click(np.zeros_like(t), t, clicks); clicks.append(p); assert l==1 and t[int(p[1]),int(p[0])]

@@ -12,7 +12,7 @@ import docs
 pytestmark = [pytest.mark.slow]
 FLAGS = ['--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-background-networking',
          '--disable-component-update', '--disable-sync']
-MAIN = ['index.html', 'tutorials/draw_a_box.html', 'tutorials/flare22_gallbladder.html', 'howto/own_ct.html', 'predict.html', 'ko/index.html']
+MAIN = ['index.html', 'tutorials/draw_a_box.html', 'tutorials/flare22_gallbladder.html', 'howto/own_ct.html', 'predict.html', 'ko/index.html', 'explain/dsc_and_nsd.html', 'explain/inside_sam.html', 'howto/troubleshooting.html']
 WIDE, PHONE = dict(width=1280, height=900), dict(width=400, height=800)
 
 # --- the site, a server, a browser ----------------------------------------------------------------

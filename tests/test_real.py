@@ -1,5 +1,5 @@
 "Real scans, from a raw folder to scores. Marked `real`: they run where ../shared/data (or MEDSAM_NB_REAL_DATA) is, and skip with a reason elsewhere."
-import numpy as np, pandas as pd, pytest, warnings
+import numpy as np, pandas as pd, pytest
 
 from medsam_nb.core import InputError
 from medsam_nb.curate import Recipe, curate, find_npz, normalize, read_npz, read_split
@@ -8,7 +8,7 @@ from medsam_nb.evaluate import draw_boxes, evaluate, evaluate_case
 from medsam_nb.finetune import finetune, list_samples
 from medsam_nb.metrics import dsc
 from medsam_nb.phantom import ORGANS
-from medsam_nb.predict import Predictor, click_rounds, everything, label_map, match_regions, oracle_boxes, predict_volume
+from medsam_nb.predict import Predictor, click_rounds, everything, match_regions, oracle_boxes, predict_volume
 from medsam_nb.prompt import Grid, instances, line_to_box, longest_diameter, mask_to_box, short_diameter
 from medsam_nb.sam import load_model
 from medsam_nb.volume import check_pair, find_cases, read_volume, write_mask
@@ -58,7 +58,7 @@ def test_abdomen_ct_all_organs(real_data, lite, tmp_path):
     back = read_volume(tmp_path/'mask.nii.gz', kind='label')
     check_pair(vol, back); assert np.array_equal(back.array, mask)
 
-def ask_all_ways(pred, im, labels, gt, spacing):
+def ask_all_ways(pred, im, gt, spacing):
     "DSC of every prompt mode on one slice for one organ; everything comes from the ground truth"
     pred.set_image(im)
     box, (line,_) = mask_to_box(gt), longest_diameter(gt, spacing)
@@ -72,26 +72,31 @@ def ask_all_ways(pred, im, labels, gt, spacing):
             **{f'box and {n} click{"s"*(n>1)}': after(boxed, n+1) for n in (1,3)},
             'box and its own mask': dsc(pred.predict(box, mask=one.logits).masks[0], gt), 'its mask alone': dsc(pred.predict(mask=one.logits).masks[0], gt)}
 
+def regions_and_organs(sam, im, labels, organ):
+    "Everything mode on one slice, no region thrown away: DSC of the best for one organ; regions, those that would pass the usual thresholds, those that are an organ"
+    found = everything(sam, im, points_per_side=6, pred_iou_thresh=0, stability_score_thresh=0)
+    best = match_regions(found, labels).set_index('label').DSC[organ]
+    return {'everything, best region': best}, (len(found), sum(r['predicted_iou'] > .88 and r['stability_score'] > .95 for r in found),
+            sum(any(dsc(r['segmentation'], labels==k) >= .5 for k in np.unique(labels) if k) for r in found))
+
 @pytest.mark.filterwarnings('ignore:lite was trained with boxes only')
 def test_abdomen_ct_prompt_modes(real_data, lite):
-    "Liver, right kidney, spleen, gallbladder on four slices each, every prompt mode; a box beats one click on the mean"
+    "Liver, right kidney, spleen, gallbladder on four slices each, every prompt mode on the same slices; a box beats one click on the mean"
     c, = find_cases(real_data/'abdomen_ct/images', real_data/'abdomen_ct/labels')
     vol, lab = read_volume(c.image), read_volume(c.label, kind='label')
-    ims, pred, rows = normalize(vol.array, Recipe()), Predictor(lite), []
+    ims, pred, rows, counts = normalize(vol.array, Recipe()), Predictor(lite), [], []
     for i in (1,2,3,9):
         zs = np.flatnonzero((lab.array==i).sum((1,2)) >= 30)
-        rows += [dict(organ=ORGANS[i]) | ask_all_ways(pred, ims[z], lab.array[z], lab.array[z]==i, vol.spacing) for z in zs[np.linspace(0, len(zs)-1, 4).astype(int)]]
+        for z in zs[np.linspace(0, len(zs)-1, 4).astype(int)]:
+            best, n = regions_and_organs(lite, ims[z], lab.array[z], i)
+            rows.append(dict(organ=ORGANS[i]) | ask_all_ways(pred, ims[z], lab.array[z]==i, vol.spacing) | best); counts.append(n)
     t = pd.DataFrame(rows).groupby('organ', sort=False).mean().T
     t['mean'] = t.mean(axis=1)
-    z = int(((lab.array[...,None]==[1,2,3,9]).any((1,2))).sum(1).argmax())
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        sure, all_ = (everything(lite, ims[z], points_per_side=12, **kw) for kw in ({}, dict(pred_iou_thresh=0, stability_score_thresh=0)))
-    m = match_regions(all_, lab.array[z])
+    n, sure, organs = np.sum(counts, 0)
     say(f'abdomen_ct, lite, window medsam, {len(rows)} slices, prompts from the ground truth, mean 2-D DSC:\n{t.round(3).to_string()}\n'
-        f'everything mode, slice {z}, 144 clicks: {len(sure)} regions at the usual thresholds; {len(all_)} without thresholds, the best of them for each of {len(m)} organs: DSC {m.DSC.mean():.3f} on the mean, {(m.DSC>=.5).sum()} organs of 0.5 or more')
+        f'everything mode, 36 clicks a slice: {sure} regions at the usual thresholds, {n} without them, {organs} of these with a DSC of 0.5 or more for any labelled organ, none with a name')
     assert len(t.columns) == 5 and t['mean']['box'] > t['mean']['1 click']+.3 and t['mean']['box'] > .85
-    assert t['mean']['box of both diameters'] > .8 and (t.loc['box'] > t.loc['1 click']).all()
+    assert t['mean']['box of both diameters'] > .8 and (t.loc['box'] > t.loc['1 click']).all() and t['mean']['box'] > t['mean']['everything, best region']
 
 @pytest.mark.parametrize('name,modality', [('sarcoma_ct', 'CT'), ('spleen_ct', 'CT'), ('sarcoma_mr', 'MR')])
 def test_other_scans_go_from_curate_to_predict(real_data, lite, tmp_path, name, modality):
@@ -133,7 +138,7 @@ def test_btcv_is_split_by_patient(btcv):
     assert split[split.part=='test'].patient.nunique() == 4
 
 def test_btcv_pretrained_on_all_organs(btcv, lite):
-    "All patients, a tight oracle box round each piece of each organ: mean DSC over organs and slices of at least 0.84 before any tuning"
+    "All patients, a tight oracle box round each piece of each organ: mean DSC over masks of at least 0.84 before any tuning; one box per organ, and the mean over organs, are said too"
     folder, store, _ = btcv
     pred, rows = Predictor(lite), []
     for f in find_npz(folder):
@@ -145,9 +150,10 @@ def test_btcv_pretrained_on_all_organs(btcv, lite):
                 each = dsc(pred.predict(np.stack([mask_to_box(m) for m in pieces])).masks.any(0), gt)
                 rows.append((BTCV[case.label_ids[k-1]], len(pieces), each, dsc(pred.predict(mask_to_box(gt)).masks[0], gt) if len(pieces) > 1 else each))
     t = pd.DataFrame(rows, columns=['organ','pieces','a box for each piece','one box'])
-    say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, mean DSC {t["a box for each piece"].mean():.3f} (one box round all pieces: {t["one box"].mean():.3f})\n'
+    say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, mean DSC over masks {t["a box for each piece"].mean():.3f} (one box round all pieces: {t["one box"].mean():.3f}), '
+        f'mean over the 13 organs {t.groupby("organ")["a box for each piece"].mean().mean():.3f} ({t.groupby("organ")["one box"].mean().mean():.3f})\n'
         f'{t.groupby("organ", sort=False).agg({"pieces":"mean", "a box for each piece":"mean", "one box":"mean"}).round(3).assign(masks=t.organ.value_counts()).to_string()}')
-    assert t['a box for each piece'].mean() >= .84 and t.organ.nunique() == 13
+    assert t['a box for each piece'].mean() >= .84 and t['one box'].mean() >= .81 and t.organ.nunique() == 13
 
 def test_btcv_gallbladder(btcv):
     "Tuned on gallbladder alone (nine slices): better with loose boxes; the whole curve is printed"

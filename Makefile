@@ -45,7 +45,7 @@ $(STAMP): settings.ini setup.py constraints.txt
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' </dev/null
 	@touch $@
-	@echo "Made $(VENV)/"
+	@echo "Made $(VENV)/. Next: make lab (draw a box), or make demo (the whole chain)"
 
 demo: $(STAMP)
 ifeq ($(DATA),data/phantom)
@@ -78,7 +78,7 @@ lint: $(STAMP)
 	@$(BIN)/python -m pytest -q tests/test_repo.py
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) nbs/index.ipynb
+	$(BIN)/jupyter lab --ServerApp.root_dir=$(CURDIR) --LabApp.default_url=/lab/tree/nbs/index.ipynb $(LAB_ARGS)
 
 docs: $(STAMP)
 	$(BIN)/python tools/docs.py

@@ -730,7 +730,7 @@ def medsam_curate(
     workers:int=1, # processes
     strict:bool=False, # stop at the first case that fails
     overwrite:bool=False, # curate again what is there; the split stays
-    progress:bool=True, # show a progress bar
+    progress:bool=True, # progress bar; --no-progress leaves it out
 ):
     "Curate a folder of images and labels into 2-D training slices, split by patient"
     res = curate(images, labels, out, parse_ids(label_id), test_fraction=test_fraction, seed=seed, patient=patient, image_suffix=image_suffix,

@@ -890,7 +890,7 @@ def medsam_doctor(
     out:str=None, # sheet of thumbnails, .png; default work_dir/doctor/<folder>.png
     json:str=None, # file for the findings and tables as JSON, or - for the terminal (then nothing else is printed)
     overwrite:bool=False, # replace existing files given as out and json
-    progress:bool=True, # show a progress bar
+    progress:bool=True, # progress bar; --no-progress leaves it out
 ):
     "Look at a folder of images and labels before anything runs, and say what would trip it. Exit code: 0 no errors, 1 errors were found, 2 folders or options cannot be used"
     sheet = _sheet_name(images) if out is None else Path(out)

@@ -7,7 +7,7 @@ __all__ = ['COLOURS', 'DISPLAY', 'DrawCase', 'list_cases', 'guess_recipe', 'stor
            'Answer', 'Session', 'Canvas', 'display_windows', 'Annotator', 'annotate']
 
 # %% ../nbs/12_draw.ipynb #a2b7a8d8
-import json, threading, time, traceback
+import atexit, json, threading, time, traceback
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -137,7 +137,9 @@ class SliceEmbedder:
         self.grid, self.limits = Grid(vol.shape[1:], recipe.size, recipe.fit), intensity_limits(vol.array, recipe)
         self.cache, self.wanted, self.quiet_since, self.closed = {}, [], 0., False
         self.encoding, self.news = threading.Lock(), threading.Condition()
-        threading.Thread(target=lambda: self._work(), daemon=True, name='medsam_nb embeddings').start()
+        self.thread = threading.Thread(target=lambda: self._work(), daemon=True, name='medsam_nb embeddings')
+        self.thread.start()
+        atexit.register(self._end)   # a thread inside torch when Python ends aborts the process
 
     def ready(self, z): return z in self.cache
 
@@ -160,6 +162,9 @@ class SliceEmbedder:
 
     def close(self):
         with self.news: self.closed, self.wanted = True, []; self.news.notify()
+        atexit.unregister(self._end)
+
+    def _end(self): self.close(); self.thread.join(30)
 
 # %% ../nbs/12_draw.ipynb #46462190
 def model_image(

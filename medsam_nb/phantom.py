@@ -605,7 +605,7 @@ def medsam_phantom(
     seed:int=2023, # seed of the folder
     size:str='40,512,512', # slices,rows,columns
     overwrite:bool=False, # replace files that hold something else
-    progress:bool=True # show a progress bar
+    progress:bool=True # progress bar; --no-progress leaves it out
 ):
     "Write invented abdomens (CT and labels) in the layout of FLARE22"
     try: numbers = tuple(int(s) for s in str(size).strip('()').split(','))

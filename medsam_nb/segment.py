@@ -7,7 +7,7 @@ __all__ = ['NEEDED', 'interpolate_boxes', 'read_boxes', 'Segmentation', 'segment
            'medsam_predict']
 
 # %% ../nbs/13_segment.ipynb #3f0a1c04
-import csv, json, os, shutil, tempfile
+import csv, json, warnings, os, shutil, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from textwrap import fill
@@ -94,8 +94,15 @@ def _rows(path):
     except (OSError, ValueError, RecursionError, csv.Error) as e: raise InputError(f"{path} cannot be read as a table of boxes ({str(e) or type(e).__name__}). Needed is CSV or JSON with {', '.join(BOX_COLUMNS)}.") from None
 
 # %% ../nbs/13_segment.ipynb #3f0a1c16
+def _cut(row, prompts, shape):
+    "A sentence, if the box of a row reached beyond the image by a pixel or more."
+    row = {str(k).strip().lower(): v for k, v in row.items()}
+    if prompts[0]['prompt'] == 'line' or max(abs(float(row[k])-prompts[0][k]) for k in BOX_COLUMNS[2:]) < 1: return ''
+    return f"the box reaches beyond the image (width {shape[2]}, height {shape[1]}) and was cut to {', '.join(f'{prompts[0][k]:g}' for k in BOX_COLUMNS[2:])}. Is it in the pixels of another grid?"
+
 def _table(rows, volume):
     "Rows as a table; a row that cannot be meant is an `InputError` with its number."
+    if rows and {'case','slack'} <= set(rows[0]): raise InputError("this is the box file of medsam_evaluate, with oracle boxes of several cases and slacks. For one scan give --labels without --boxes, or a file of your own.")
     out, seen = [], {}
     for i, row in enumerate(rows, 1):
         if row and all(v in (None, '') for v in row.values()): continue   # an empty row of a spreadsheet
@@ -104,6 +111,7 @@ def _table(rows, volume):
         for p in new:
             if (j := seen.setdefault((p['z'], p['label']), i)) != i: raise InputError(f"row {i}: label {p['label']} on slice {p['z']} is asked for in row {j} already.")
         out += new
+        if cut := _cut(row, new, volume.shape): warnings.warn(f"row {i}: {cut}", stacklevel=3)
     return pd.DataFrame(out, columns=[*BOX_COLUMNS, 'prompt'])
 
 def _drawn(data, volume):

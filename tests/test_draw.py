@@ -9,7 +9,7 @@ from medsam_nb.embed import embed
 from medsam_nb.predict import Predictor, check_prompt, predict_volume
 from medsam_nb.prompt import line_to_box
 from medsam_nb.volume import Volume, read_volume
-from tiny import dicom, disc, lite, quick, raw, save, scan
+from tiny import dicom, disc, lite, python, quick, raw, save, scan
 
 def volume(shape=(6,64,80), **kw):
     img, lab = scan(shape=shape, **kw)
@@ -279,6 +279,11 @@ def test_a_picture_is_saved_as_png(tmp_path):
     assert app.ui['path'].value.endswith('a_mask.png') and app.ui['slice'].layout.display == 'none' and app.session.picture(0)['unit'] == 'px'
     app.session.set_prompt(1, 0, dict(kind='box', box=[5.,5.,40.,30.])); mask, _ = app.save(tmp_path/'m.png')
     assert np.array_equal(np.asarray(Image.open(mask)), app.masks[0]); app.close()
+
+@pytest.mark.parametrize('wait', [0, .3, 1.5])
+def test_a_script_that_leaves_the_cell_open_ends_well(wait):
+    "Embeddings are made in a thread; one that is inside torch when Python ends would abort the process"
+    python(f"from medsam_nb.draw import annotate\nimport time\na = annotate()\ntime.sleep({wait})")   # asserts exit code 0
 
 def test_prompts_come_back(tmp_path, app):
     app.session.add_object('cyst'); vol, lab = volume()

@@ -207,6 +207,14 @@ def test_nothing_is_lost_while_the_kernel_is_busy(cell):
     cell.drag(GALL[:2], GALL[2:]); cell.drag((150,150), (190,190)); cell.page.keyboard.press('Control+z'); cell.settle()
     assert cell.nb.ask('len(app.session.past)') == 1 and np.abs(np.array(cell.prompts['9']['box'])-GALL).max() < .6
 
+def test_scores_in_the_caption_belong_to_the_box_in_view(cell):
+    "Until the mask of a new box is there the caption says … and not the old mask's scores"
+    cell.box(GALL); assert 'DSC' in cell.caption and '…' not in cell.caption
+    cell.nb.python("import threading, time\ndef hold():\n    with app.lock: time.sleep(2)\nthreading.Thread(target=hold).start(); time.sleep(.1)")
+    cell.drag((150,150), (190,190)); cell.page.wait_for_timeout(300)
+    assert 'box 150' in cell.caption and '…' in cell.caption and 'DSC' not in cell.caption and 'IoU' not in cell.caption
+    cell.settle(); assert 'DSC' in cell.caption and '…' not in cell.caption
+
 def test_the_ruler_changes_nothing(cell):
     cell.tool('ruler'); cell.drag((50,50), (90,80)); assert np.isclose(cell.js("d => parseFloat(d.length(d.ruler))"), 50*cell.nb.ask('float(app.volume.spacing[1])'), atol=1) and cell.nb.ask('app.prompts') == []
 
@@ -332,6 +340,7 @@ def test_make_lab_opens_the_index(browser, root, tmp_path):
         page.locator('.jp-RenderedMarkdown a', has_text='Draw a box').first.click()
         page.locator('.lm-TabBar-tabLabel', has_text='draw_a_box.ipynb').first.wait_for(timeout=30_000)
         page.close()
+        assert '/lab/tree/nbs/index.ipynb?token=' in (tmp_path/'log').read_text()   # the addresses it prints, for those whose browser is elsewhere
     finally:
         os.killpg(p.pid, signal.SIGTERM)
         try: p.wait(10)

@@ -1,5 +1,5 @@
 "Whole volumes: five forms of prompts, every mistake in a file, the source geometry whatever its orientation, scores, and nothing half written"
-import json, os, signal, tempfile, time
+import json, os, signal, tempfile, time, warnings
 from pathlib import Path
 from dataclasses import replace
 from functools import lru_cache
@@ -105,6 +105,7 @@ BAD = {'no z': (csv('9,1,1,9,9', head='label,x0,y0,x1,y1\n'), r"lacks the column
     'inverted': (csv('1,9,9,1,1,9'), 'row 1: The box .* is inverted'), 'flat': (csv('1,9,1,5,9,5'), 'row 1: The box .* has no area'), 'outside': (csv('1,9,100,1,110,9'), 'row 1: The box .* covers nothing'), 'above': (csv('1,9,1,-9,9,-1'), 'covers nothing'),
     'kind': (csv('1,9,1,1,9,9,lasso', head=HEAD.strip()+',kind\n'), "row 1: kind is 'lasso'; it has to be box or line"), 'no length': (csv('1,9,5,5,5,5,line', head=HEAD.strip()+',kind\n'), 'row 1: The line .* has no length'), 'line outside': (csv('1,9,500,5,520,5,line', head=HEAD.strip()+',kind\n'), 'row 1: .* covers nothing'),
     'again': (csv('1,9,1,1,9,9', '2,9,1,1,9,9', '1,9,2,2,8,8'), 'row 3: label 9 on slice 1 is asked for in row 1 already'), 'again in 3-D': (csv('0,4,9,1,1,9,9,', ',,9,1,1,9,9,2', head='z0,z1,label,x0,y0,x1,y1,z\n'), 'row 2: label 9 on slice 2 is asked for in row 1'),
+    'of medsam_evaluate': (csv('x,0,1,9,0,1,1,9,9', head='case,i,z,label,slack,x0,y0,x1,y1\n'), 'box file of medsam_evaluate.*--labels'),
     'quotes': (HEAD+'1,9,"1,1,9,9\n', 'cannot be read as a table of boxes'),
     'JSON cut off': ('[{"z": 1', 'cannot be read as a table of boxes'), 'JSON word': ('{"rows": []}', "no list of rows"), 'JSON boxes': ('{"boxes": {"z": 1}}', 'no list of rows'), 'JSON empty': ('[]', 'no prompt in it'), 'JSON list': ([[1,9,1,1,9,9]], 'row 1: it is \\[1, 9'), 'JSON true': ([dict(BOX, z=True)], 'row 1: z is True'),
     'JSON list value': ([BOX, dict(BOX, z=2, x0=[1])], r'row 2: x0 is \[1\]'), 'JSON key': ([{k: v for k, v in BOX.items() if k != 'label'}], 'row 1: label is missing'), 'JSON huge': ('[{"z": 1, "label": 1%s, "x0": 1, "y0": 1, "x1": 9, "y1": 9}]' % ('0'*400), 'row 1: label is'), 'JSON nested': ('['*100000, 'cannot be read'),
@@ -118,6 +119,15 @@ def test_mistakes_have_a_name_and_a_number(tmp_path, name):
     content, match = BAD[name]; f = put(tmp_path/'mine.csv', content)
     with pytest.raises(InputError, match=match) as e: read_boxes(f, volume()[0])
     assert str(f) in str(e.value) and len(str(e.value)) < 1000
+
+def test_a_box_that_is_cut_at_the_edge_is_told(tmp_path):
+    "The classic sign of another grid; a box that ends on the edge, or a hair beyond, says nothing"
+    with pytest.warns(UserWarning, match=r'row 2: the box reaches beyond the image \(width 80, height 64\) and was cut to 40, 30, 80, 64. Is it in the pixels of another grid'):
+        t = read_boxes(put(tmp_path/'b.csv', csv('1,9,1,1,9,9', '2,9,40,30,500,500')), volume()[0])
+    assert rows_of(t)[1] == [2,9,40,30,80,64]
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        read_boxes(put(tmp_path/'b.csv', csv('1,9,-.5,0,80.4,64', '2,9,5,5,75,60,line', head=HEAD.strip()+',kind\n')), volume()[0])
 
 def test_files_that_are_no_text(tmp_path):
     (tmp_path/'b.csv').write_bytes(bytes(range(256)))

@@ -429,7 +429,9 @@ class Drawing {
     if (q?.kind === 'box') parts.push(`box ${q.box.map(v => Math.round(v*10)/10).join(' ')} px`)
     else if (q?.kind === 'line') parts.push(`diameter ${this.length(q.line)}`)
     else if (q) parts.push(`${q.points.length} point${q.points.length > 1 ? 's' : ''}`)
-    if (q && a?.z === this.image.z) for (const p of a.panes) {
+    const mine = JSON.stringify(a?.prompts?.[this.active] ?? null) === JSON.stringify(q ?? null)   // scores of another prompt's mask would be believed
+    if (q && !mine) parts.push('…')
+    if (q && mine && a?.z === this.image.z) for (const p of a.panes) {
       const s = p.objects.find(m => m.id === this.active)
       if (s) parts.push((a.panes.length > 1 ? `${p.name}: ` : '')+[s.iou == null ? null : `predicted IoU ${s.iou.toFixed(2)}`, s.dsc == null ? null : `DSC ${s.dsc.toFixed(3)}`, s.nsd == null ? null : `NSD ${s.nsd.toFixed(3)}`].filter(Boolean).join(', '))
     }

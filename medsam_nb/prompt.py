@@ -45,8 +45,10 @@ def instances(
     return [pieces==i+1 for i in np.argsort(-n, kind='stable') if n[i]>=min_pixels]
 
 # %% ../nbs/05_prompt.ipynb #3b3afaea
-def as_array(x):
-    "An array of what a prompt may be given as: an array, nested lists, or a tensor on any device, with or without gradients."
+def as_array(
+    x # array, nested lists, or a tensor on any device, with or without gradients
+)->np.ndarray: # the same values; bfloat16, which numpy does not have, as float32
+    "What a prompt was given as, as an array."
     if not torch.is_tensor(x): return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if x.dtype==torch.bfloat16 else x).numpy()

@@ -13,7 +13,7 @@
   }
 
   // A box that scrolls sideways is reached by the Tab key, and only while it scrolls
-  const boxes = all('main pre, main .sd-table, main .cell-output-display');
+  const boxes = all('main pre, main .sd-table, main .cell-output-display, main .math.display');
   const reach = () => boxes.forEach(o => { if (o.scrollWidth > o.clientWidth + 1 && getComputedStyle(o).overflowX !== 'visible') o.tabIndex = 0; else o.removeAttribute('tabindex'); });
   reach();
   addEventListener('load', reach);

@@ -134,10 +134,11 @@ def _check_points(points, labels, shape):
 def _check_mask(mask, grid):
     "Logits (B,1,256,256) float32 for the prompt encoder, or an `InputError`."
     m = _floats(mask, 'mask', 'logits (256,256), or a bool mask of the image')
-    logits = np.issubdtype(as_array(mask).dtype, np.floating)
+    kind = as_array(mask).dtype
+    logits = kind.kind == 'f'
     shape = (256,256) if logits else grid.shape
     if m.ndim not in (2,3) or m.shape[-2:] != shape or 0 in m.shape or not np.isfinite(m).all():
-        raise InputError(f"The mask prompt is {as_array(mask).dtype} of shape {m.shape}{'' if np.isfinite(m).all() else ' with values that are not finite'}; "
+        raise InputError(f"The mask prompt is {kind} of shape {m.shape}{'' if np.isfinite(m).all() else ' with values that are not finite'}; "
                          f"needed are logits (256,256) of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}.")
     if logits and m.any() and np.isin(m, (0,1)).all(): raise InputError("The mask prompt holds floats, all 0 or 1, and floats are taken for logits: pass mask > 0 for a mask of the image.")
     m = m.reshape(-1, *shape)

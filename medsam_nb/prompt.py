@@ -17,6 +17,7 @@ from fastcore.basics import patch
 from skimage.measure import label
 from .core import InputError
 from .curate import fit_shape
+from .show import _outline
 
 # %% ../nbs/05_prompt.ipynb #44e62268
 def _as_mask(mask):
@@ -254,14 +255,6 @@ def longest_diameter(
     return ends[np.lexsort(ends.T[::-1])].ravel().astype(np.float32), float(d.max())
 
 # %% ../nbs/05_prompt.ipynb #48ff236f
-def _sides(m):
-    "The sides between a mask and the rest: (n,2,2), two ends, x y in pixels"
-    p = np.pad(m, 1).astype(np.int8)
-    r,c = np.nonzero(np.diff(p, axis=0))
-    across = np.stack([np.stack([c-1,r],-1), np.stack([c,r],-1)], 1)
-    r,c = np.nonzero(np.diff(p, axis=1))
-    return np.concatenate([across, np.stack([np.stack([c,r-1],-1), np.stack([c,r],-1)], 1)]).astype(float)
-
 def short_diameter(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     line, # (4,) x0 y0 x1 y1, the longest diameter, pixels
@@ -273,7 +266,7 @@ def short_diameter(
     p,q = _check_line(line)
     u = (q-p)*mm/np.linalg.norm((q-p)*mm)
     axes = np.array([u, [-u[1],u[0]]])
-    (t0,t1),(v0,v1) = (_sides(m)*mm@axes.T).transpose(2,1,0)   # each side's ends: mm along the long line, mm across it
+    (t0,t1),(v0,v1) = ((_outline(m)+.5)*mm@axes.T).transpose(2,1,0)   # each side's ends: mm along the long line, mm across it
     t0,t1,v0,v1 = (o[abs(t1-t0)>1e-9] for o in (t0,t1,v0,v1))  # a side that runs across ends where others begin
     def across(t):
         on = (np.minimum(t0,t1)<t+1e-9)&(np.maximum(t0,t1)>t-1e-9)

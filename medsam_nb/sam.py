@@ -122,10 +122,11 @@ def _fits(state):
 
 def load_state(
     sam:Sam,       # changed in place
-    path:str|Path  # checkpoint with segment_anything's key names
+    path:str|Path, # checkpoint with segment_anything's key names
+    state:dict=None# what `read_state` gave for it, if it has been read already
 )->Sam: # the same model; errors: `InputError` that names the keys that do not match
     "Load a checkpoint into a model; every key and every shape has to match."
-    state, own = read_state(path), sam.state_dict()
+    state, own = state or read_state(path), sam.state_dict()
     missing, extra = sorted(own.keys()-state.keys()), sorted(state.keys()-own.keys())
     shapes = [f"{k} is {tuple(state[k].shape)}, the model has {tuple(own[k].shape)}" for k in sorted(own.keys()&state.keys()) if state[k].shape != own[k].shape]
     wrong = [f"{len(l)} {what} ({', '.join(l[:3])}{', …' if len(l)>3 else ''})" for what, l in
@@ -165,11 +166,11 @@ def _of_the_zoo(name, path):
     d = REGISTRY.get(MODELS[name].weights)
     return d is not None and d.path.name == Path(path).name
 
-def _name_of(path):
+def _name_of(path, state):
     "The model a checkpoint is of: by the registry's file name, as its run's config.json says, or the only one that it fits"
     path = Path(path)
     if named := [name for name in MODELS if _of_the_zoo(name, path)]: return named[0]
-    fits, cfg = _fits(read_state(path)), path.parent/'config.json'
+    fits, cfg = _fits(state), path.parent/'config.json'
     cfg = read_json(cfg) if cfg.is_file() else {}
     if isinstance(cfg, dict) and cfg.get('model') in fits: return cfg['model']
     if len(fits) != 1: raise InputError(f"{path} fits {' and '.join(fits) or 'no model of the zoo'}: say which it is, load_model('{fits[0] if fits else 'lite'}', '{path}').")
@@ -181,11 +182,14 @@ def load_model(
     device=None                # 'cpu', 'cuda', 'mps' or None: the best there is
 )->Sam: # evaluation mode; with `name` and `encoder_sha256` as attributes
     "A model of the zoo with its weights: packaged, fetched by the registry, or from a checkpoint."
-    if name not in MODELS and checkpoint is None and Path(name).is_file(): name, checkpoint = _name_of(name), name
+    state = None
+    if name not in MODELS and checkpoint is None and Path(name).is_file():
+        checkpoint, state = name, read_state(name)
+        name = _name_of(checkpoint, state)
     sam = build_model(name)
     if checkpoint is not None and not _of_the_zoo(name, checkpoint): sam.boxes_only = sam.boxes_only or None   # tuned by somebody, who knows how
     if checkpoint is None: checkpoint = _lite_weights() if MODELS[name].weights == 'packaged' else fetch(MODELS[name].weights)
-    load_state(sam, checkpoint)
+    load_state(sam, checkpoint, state)
     sam.encoder_sha256 = encoder_sha256(sam)
     return sam.to(pick_device(device)).eval()
 

@@ -17,14 +17,18 @@ def chromium():
 def _port():
     with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
+def settings(own:Path)->dict:
+    "Environment for a Jupyter that keeps everything of its own below `own` and announces nothing"
+    (own/'config'/'labconfig').mkdir(parents=True)
+    (own/'config'/'labconfig'/'page_config.json').write_text(json.dumps(dict(disabledExtensions={'@jupyterlab/apputils-extension:announcements': True})))
+    dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
+    return {k: str(own/v) for k, v in dirs.items()}
+
 class Server:
     "JupyterLab and Notebook 7 (one server has both) on a folder, with settings of its own"
     def __init__(self, root:Path):
         self.root, self.port, self.token, own = root, _port(), secrets.token_hex(16), root/'.settings'
-        dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
-        env = dict(os.environ, PYTHONWARNINGS='ignore', MEDSAM_NB_HOME=str(root), OMP_NUM_THREADS='2', **{k: str(own/v) for k, v in dirs.items()})
-        (own/'config'/'labconfig').mkdir(parents=True)
-        (own/'config'/'labconfig'/'page_config.json').write_text(json.dumps(dict(disabledExtensions={'@jupyterlab/apputils-extension:announcements': True})))
+        env = dict(os.environ, PYTHONWARNINGS='ignore', MEDSAM_NB_HOME=str(root), OMP_NUM_THREADS='2', **settings(own))
         cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={self.port}', '--ServerApp.port_retries=0',
                f'--IdentityProvider.token={self.token}', '--LabApp.expose_app_in_browser=True', '--JupyterNotebookApp.expose_app_in_browser=True', '--LabApp.extension_manager=readonly', f'--ServerApp.root_dir={root}']
         self.log = open(root/'.server.log', 'wb')

@@ -2,7 +2,7 @@
 import json, os, re, shutil, signal, subprocess, time
 import numpy as np, pytest
 from scipy.ndimage import binary_dilation, binary_erosion
-from labs import FLAGS, Notebook, Server, chromium
+from labs import FLAGS, Notebook, Server, chromium, settings
 from medsam_nb.volume import read_volume
 
 pytestmark = [pytest.mark.slow]
@@ -320,12 +320,10 @@ def test_make_lab_opens_the_index(browser, root, tmp_path):
     "`make lab` as people type it: JupyterLab asks the system's browser for the index, and Chromium shows it with its links"
     if not (root/'.venv'/'.made').exists(): pytest.skip('make lab needs .venv, which make env makes')
     before = (root/'nbs'/'index.ipynb').read_bytes()
-    (tmp_path/'config'/'labconfig').mkdir(parents=True)
+    own = settings(tmp_path)
     (tmp_path/'config'/'jupyter_server_config.json').write_text(json.dumps(dict(ServerApp=dict(allow_root=True, port=0), LabApp=dict(extension_manager='readonly', expose_app_in_browser=True))))
-    (tmp_path/'config'/'labconfig'/'page_config.json').write_text(json.dumps({'disabledExtensions': {'@jupyterlab/apputils-extension:announcements': True}}))
     (open_ := tmp_path/'browser').write_text(f'#!/bin/sh\nprintf %s "$1" > {tmp_path}/asked.tmp && mv {tmp_path}/asked.tmp {tmp_path}/asked\n'); open_.chmod(0o755)
-    dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
-    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')} | {k: str(tmp_path/v) for k, v in dirs.items()} | dict(BROWSER=f'{open_} %s', PYTHONWARNINGS='ignore')
+    env = {k: v for k, v in os.environ.items() if k not in ('MAKEFLAGS', 'MAKELEVEL', 'MFLAGS')} | own | dict(BROWSER=f'{open_} %s', PYTHONWARNINGS='ignore')
     with open(tmp_path/'log', 'wb') as log: p = subprocess.Popen(['make', 'lab'], cwd=root, env=env, stdout=log, stderr=log, start_new_session=True)
     try:
         end = time.monotonic()+90

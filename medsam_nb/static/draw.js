@@ -141,6 +141,10 @@ class Drawing {
   get drawing() { return this.drag?.kind === 'box' || this.drag?.kind === 'line' }
   get active() { return this.model.get('active') }
   get prompt() { return this.prompts[this.active] ?? null }
+  get current() {                                   // does the answer that we have belong to the prompt in view?
+    const a = this.model.get('answer')
+    return a?.z === this.image.z && JSON.stringify(a.prompts?.[this.active] ?? null) === JSON.stringify(this.prompt)
+  }
 
   // -- where things are --
   get panes() { return Math.max(1, this.model.get('answer')?.panes?.length ?? 1) }
@@ -429,9 +433,8 @@ class Drawing {
     if (q?.kind === 'box') parts.push(`box ${q.box.map(v => Math.round(v*10)/10).join(' ')} px`)
     else if (q?.kind === 'line') parts.push(`diameter ${this.length(q.line)}`)
     else if (q) parts.push(`${q.points.length} point${q.points.length > 1 ? 's' : ''}`)
-    const mine = JSON.stringify(a?.prompts?.[this.active] ?? null) === JSON.stringify(q ?? null)   // scores of another prompt's mask would be believed
-    if (q && !mine) parts.push('…')
-    if (q && mine && a?.z === this.image.z) for (const p of a.panes) {
+    if (q && !this.current) parts.push('…')         // scores of another prompt's mask would be believed
+    if (q && this.current) for (const p of a.panes) {
       const s = p.objects.find(m => m.id === this.active)
       if (s) parts.push((a.panes.length > 1 ? `${p.name}: ` : '')+[s.iou == null ? null : `predicted IoU ${s.iou.toFixed(2)}`, s.dsc == null ? null : `DSC ${s.dsc.toFixed(3)}`, s.nsd == null ? null : `NSD ${s.nsd.toFixed(3)}`].filter(Boolean).join(', '))
     }
@@ -442,7 +445,7 @@ class Drawing {
   }
 
   measure() {                                       // for the benchmark: from the gesture to the frame that shows its answer
-    const a = this.model.get('answer'), there = a?.z === this.image.z && JSON.stringify(a.prompts?.[this.active] ?? null) === JSON.stringify(this.prompt)   // the mask of just this prompt is painted already, asked for by the last move
+    const there = this.current                      // the mask of just this prompt is painted already, asked for by the last move
     for (const [seq, {t, done}] of this.started) if (seq <= this.answered || done && there) {
       this.started.delete(seq)
       if (done && (seq === this.answered || there)) setTimeout(() => performance.measure('medsam:answer', {start:t, end:performance.now(), detail:{seq, model_ms:this.model.get('answer').model_ms, prompt:!!this.prompt, paint_ms:performance.now()-this.arrived}}))

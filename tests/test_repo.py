@@ -10,7 +10,7 @@ LIB = ROOT/'medsam_nb'
 sys.path.insert(0, str(ROOT/'tools'))
 import notebooks as runner, pins
 
-ORDER = 'core show volume phantom curate prompt sam embed predict metrics finetune evaluate draw segment doctor pre_CT pre_grey_rgb2D'.split()
+ORDER = 'core show metrics volume phantom view curate prompt sam embed predict finetune evaluate segment draw doctor pre_CT pre_grey_rgb2D'.split()
 MB = 1_000_000
 
 @lru_cache(None)

@@ -23,7 +23,7 @@ def lang_of(page)->str:
     return next((o for o in Path(page).parts[:1] if re.fullmatch('[a-z]{2}', o)), 'en')
 
 def page_name(name:str)->str:
-    "`04_curate.ipynb` as nbdev names its page's source: `curate.ipynb`"
+    "`06_curate.ipynb` as nbdev names its page's source: `curate.ipynb`"
     return NUMBER.sub('', name.lower())
 
 def copy_tree(dest:Path):

@@ -1,4 +1,4 @@
-// The canvas of medsam_nb.draw (chapter 12): shows a slice, takes prompts, paints masks. Everything else is Python.
+// The canvas of medsam_nb.draw (chapter 14): shows a slice, takes prompts, paints masks. Everything else is Python.
 //
 // Coordinates on the wire are image pixels, continuous: pixel (0,0) covers 0..1, so a box round it is [0,0,1,1].
 // To the browser: `image` {z,width,height,dtype,pixels,spacing,unit,truth}, `answer` {seq,z,panes,prompts}, and plain settings.

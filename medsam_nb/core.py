@@ -173,7 +173,7 @@ def run_command(
         sys.exit(2)
     except KeyboardInterrupt: sys.exit(130)
 
-# %% ../nbs/00_core.ipynb #889297de
+# %% ../nbs/00_core.ipynb #fffc33e1
 def parse_ids(
     text, # '9', '1,9' or 'all'; ids as a tuple or list stay as they are
 ): # tuple of int, or 'all'
@@ -187,14 +187,15 @@ def parse_ids(
 
 def parse_numbers(
     text, # '0,20'; numbers as a tuple or list stay as they are
+    what:str='the list', # the parameter it is for
 )->tuple: # of float
     "Numbers separated by commas"
     if not isinstance(text, str): return text
     try: return tuple(float(o) for o in text.split(','))
     except ValueError:
-        raise InputError(f'{text!r} cannot be read: give numbers separated by commas, for example 0,20') from None
+        raise InputError(f'{what} {text!r} cannot be read: give numbers separated by commas, for example 0,20') from None
 
-# %% ../nbs/00_core.ipynb #b00a906e
+# %% ../nbs/00_core.ipynb #abf91672
 def parse_pairs(
     text, # 'liver=1,spleen=2'; a dict stays as it is
     what:str='ids', # the parameter it is for
@@ -219,7 +220,7 @@ def parse_window(
     except InputError:
         raise InputError(f'window {text!r} cannot be read: give two numbers, for example --window=-100,300') from None
 
-# %% ../nbs/00_core.ipynb #692079ee
+# %% ../nbs/00_core.ipynb #051312d4
 def delegates(
     to, # function or dataclass whose parameters stand for `**kwargs`
     but='', # names to leave out, a list or separated by commas
@@ -231,7 +232,7 @@ def delegates(
         return f
     return add
 
-# %% ../nbs/00_core.ipynb #d1298d0a
+# %% ../nbs/00_core.ipynb #3d8d75ba
 def renamed(
     **old, # old name -> name of today
 ): # a decorator
@@ -250,9 +251,9 @@ def renamed(
         return _f
     return add
 
-# %% ../nbs/00_core.ipynb #d7284e29
-READERS = dict(label_ids=parse_ids, window=parse_window, slacks=parse_numbers,
-               ids=parse_pairs, colors=partial(parse_pairs, what='colors')) # parameter -> reader of its words
+# %% ../nbs/00_core.ipynb #01593a3d
+READERS = dict(label_ids=parse_ids, window=parse_window, ids=parse_pairs,
+               slacks=partial(parse_numbers, what='slacks'), colors=partial(parse_pairs, what='colors')) # parameter -> reader of its words
 
 class _Help(argparse.HelpFormatter):
     "Help as it is written: a per cent sign is one"
@@ -278,7 +279,7 @@ def command_parser(
     for was in getattr(func, 'renamed', {}): parser.add_argument(f'--{was}', help=argparse.SUPPRESS)
     return parser
 
-# %% ../nbs/00_core.ipynb #9621f5c6
+# %% ../nbs/00_core.ipynb #3e50790a
 def _given(func)->dict:
     "What the terminal gave, by the names of today"
     options = vars(command_parser(func).parse_args())
@@ -340,7 +341,7 @@ REGISTRY['flare22'] = Download('flare22', 'https://zenodo.org/records/7860267/fi
     'the published statements conflict: (1) CC BY 4.0; (2) CC BY-NC-SA 4.0; (3) for research only. The strictest is the safe one; redistribute nothing',
     unzip_to='data/FLARE22Train')
 
-# %% ../nbs/00_core.ipynb #8a074fad
+# %% ../nbs/00_core.ipynb #90fb952e
 ORGANS = {1:'liver', 2:'right kidney', 3:'spleen', 4:'pancreas', 5:'aorta', 6:'inferior vena cava', 7:'right adrenal gland',
           8:'left adrenal gland', 9:'gallbladder', 10:'oesophagus', 11:'stomach', 12:'duodenum', 13:'left kidney'}
 

@@ -16,7 +16,7 @@ import torch
 from scipy.stats import wilcoxon
 from tqdm.auto import tqdm
 
-from .core import InputError, atomic_path, command, pick_device, read_json, work_dir
+from .core import InputError, atomic_path, command, parse_numbers, pick_device, read_json, work_dir
 from .curate import CuratedCase, find_npz, parse_ids, patients_of, read_npz
 from .embed import EmbeddingStore, case_grid, default_store
 from .metrics import dsc, nsd
@@ -290,8 +290,7 @@ def medsam_evaluate(
 ):
     "Score the pretrained and the fine-tuned decoder on held-out cases with the same oracle boxes."
     ids = None if labels in (None, 'all') else parse_ids(labels)
-    try: widths = tuple(float(s) for s in slacks.split(','))
-    except ValueError: raise InputError(f"slacks {slacks!r} cannot be read: give numbers separated by commas, e.g. --slacks=0,20.") from None
+    widths = parse_numbers(slacks, 'slacks')
     ev = evaluate(npz, store, run, part, widths, ids, tolerance, seed, device)
     with pd.option_context('display.width', 200, 'display.max_columns', 20):
         print(ev.scores[ev.scores.slack.isin((0,20))].round(3).to_string(index=False))

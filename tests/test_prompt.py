@@ -106,7 +106,7 @@ def test_tight_box(H, W, seed):
 def test_grid_refuses():
     for shape in ((10,), (10,10,3), (0,5), 7):
         with pytest.raises(InputError, match='image shape'): Grid(shape)
-    with pytest.raises(InputError, match="'pad' or 'squash'"): Grid((5,5), fit='stretch')
+    with pytest.raises(InputError, match="'pad', 'squash'"): Grid((5,5), fit='stretch')
     with pytest.raises(InputError, match='size'): Grid((5,5), size=0)
     for bad in (3, [1,2,3], np.zeros((4,3))):
         with pytest.raises(InputError, match='last axis'): Grid((5,5)).to_grid(bad)

@@ -400,7 +400,7 @@ def test_the_gallbladder_of_a_real_scan(browser, server, real_data):
 def test_wrong_input_is_a_sentence_in_the_cell(browser, server):
     nb = Notebook(browser.new_context().new_page(), server, server.notebook('wrong', 'from medsam_nb.draw import annotate\nannotate("nowhere")'))
     nb.js("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }"); out = nb.page.locator('.jp-OutputArea-output'); out.first.wait_for(timeout=60_000)
-    t = out.first.inner_text(); assert t.startswith('There is nothing at nowhere') and 'Traceback' not in t and len(t.splitlines()) == 1; nb.page.context.close()
+    t = out.first.inner_text(); assert t.startswith('there is nothing at nowhere') and 'Traceback' not in t and len(t.splitlines()) == 1; nb.page.context.close()
 
 
 # ---- make lab ----

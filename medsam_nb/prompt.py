@@ -17,7 +17,7 @@ from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist, squareform
 from skimage.measure import label
 from .core import InputError
-from .show import _outline, show_box, show_line, show_points
+from .show import mask_sides, show_box, show_line, show_points
 from .view import Grid, as_array
 
 # %% ../nbs/07_prompt.ipynb #44e62268
@@ -180,7 +180,7 @@ def short_diameter(
     p,q = _check_line(line)
     u = (q-p)*mm/np.linalg.norm((q-p)*mm)
     axes = np.array([u, [-u[1],u[0]]])
-    (t0,t1),(v0,v1) = ((_outline(m)+.5)*mm@axes.T).transpose(2,1,0)   # each side's ends: mm along the long line, mm across it
+    (t0,t1),(v0,v1) = ((mask_sides(m)+.5)*mm@axes.T).transpose(2,1,0)   # each side's ends: mm along the long line, mm across it
     t0,t1,v0,v1 = (o[abs(t1-t0)>1e-9] for o in (t0,t1,v0,v1))  # a side that runs across ends where others begin
     def across(t):
         on = (np.minimum(t0,t1)<t+1e-9)&(np.maximum(t0,t1)>t-1e-9)

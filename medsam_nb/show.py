@@ -64,10 +64,10 @@ PALETTE = ['#974fe0', '#c6ff8c', '#59acff', '#996600', '#995499', '#d5ff00', '#0
            '#20bf00', '#ff5959', '#00ffaa', '#ffe359', '#26dbff', '#aa00ff']
 
 def color(
-    label_id:int, # from 1
+    label:int, # label value, from 1
 )->str: # '#rrggbb'
     "The colour of a label, from `PALETTE`"
-    return PALETTE[(int(label_id)-1)%len(PALETTE)]
+    return PALETTE[(int(label)-1)%len(PALETTE)]
 
 # %% ../nbs/01_show.ipynb #a64ef2dd
 def _check_whole(m):

@@ -1,15 +1,15 @@
 "Real scans, from a raw folder to scores. Marked `real`: they run where ../shared/data (or MEDSAM_NB_REAL_DATA) is, and skip with a reason elsewhere."
 import numpy as np, pandas as pd, pytest
 
-from medsam_nb.core import InputError
-from medsam_nb.curate import Recipe, curate, find_npz, normalize, read_npz, read_split
+from medsam_nb.core import InputError, ORGANS
+from medsam_nb.curate import curate, find_npz, read_npz, read_split
+from medsam_nb.view import Grid, Recipe, normalize
 from medsam_nb.embed import EmbeddingStore, embed
 from medsam_nb.evaluate import draw_boxes, evaluate, evaluate_case
 from medsam_nb.finetune import finetune, list_samples
 from medsam_nb.metrics import dsc
-from medsam_nb.phantom import ORGANS
 from medsam_nb.predict import Predictor, click_rounds, everything, match_regions, oracle_boxes, predict_volume
-from medsam_nb.prompt import Grid, instances, line_to_box, longest_diameter, mask_to_box, short_diameter
+from medsam_nb.prompt import instances, line_to_box, longest_diameter, mask_to_box, short_diameter
 from medsam_nb.sam import load_model
 from medsam_nb.volume import check_pair, find_cases, read_volume, write_mask
 

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['KINDS', 'BOX_COLUMNS', 'mask_to_box', 'instances', 'check_box', 'perturb_box', 'slack_box', 'sample_points',
            'next_click', 'longest_diameter', 'short_diameter', 'line_to_box', 'check_points', 'Prompt', 'Box',
-           'as_prompt', 'Line', 'Points', 'mask_logits', 'Ask', 'table_of', 'asks_of', 'read_prompts', 'check_prompts']
+           'as_prompt', 'Line', 'Points', 'mask_logits', 'Outline', 'Ask', 'table_of', 'asks_of', 'read_prompts',
+           'check_prompts']
 
 # %% ../nbs/07_prompt.ipynb #b7b7f3ad
 import json, re
@@ -15,9 +16,10 @@ import numpy as np, pandas as pd
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist, squareform
+from skimage.draw import polygon2mask
 from skimage.measure import label
 from .core import InputError
-from .show import _outline as mask_sides, show_box, show_line, show_points
+from .show import mask_sides, show_box, show_line, show_outline, show_points
 from .view import Grid, as_array, resize_label
 
 # %% ../nbs/07_prompt.ipynb #44e62268
@@ -364,7 +366,7 @@ class Line(Prompt):
     @classmethod
     def of_row(cls, row, number): return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
 
-# %% ../nbs/07_prompt.ipynb #db1403af
+# %% ../nbs/07_prompt.ipynb #75e853c2
 @dataclass(frozen=True)
 class Points(Prompt):
     "Clicks inside and outside the object"
@@ -391,7 +393,7 @@ class Points(Prompt):
     @classmethod
     def of(cls, d): return cls(d.get('points'), d.get('labels'), carried=bool(d.get('carried')))
 
-# %% ../nbs/07_prompt.ipynb #13666878
+# %% ../nbs/07_prompt.ipynb #505bdb6b
 def mask_logits(
     mask:np.ndarray, # (H,W) bool, image pixels
     grid:Grid, # how the image lies on the model's square
@@ -399,6 +401,34 @@ def mask_logits(
     "A mask as the prompt encoder takes it"
     small = resize_label(grid.turn(_as_mask(mask)).astype(np.uint8), 256, grid.fit)
     return np.where(small>0, 8, -8).astype(np.float32)[None]
+
+# %% ../nbs/07_prompt.ipynb #b6cad8cf
+@dataclass(frozen=True)
+class Outline(Prompt):
+    "A freehand line round the object, closed from its last point to its first"
+    outline:tuple # (N,2) x y, at least three points
+
+    kind = 'outline'
+    tools = (('outline', 'outline', 'Draw round the object with a free hand'),)
+
+    def checked(self, shape):
+        try: p = np.asarray(self.outline, float)
+        except (TypeError, ValueError): p = np.empty(0)
+        if p.ndim!=2 or p.shape[1]!=2 or len(p)<3 or not np.isfinite(p).all():
+            raise InputError(f'the outline is {self.outline!r}: give at least three points (N,2) x y')
+        p = p.clip(0, shape[:2][::-1])
+        inside = replace(self, outline=tuple(map(tuple, p.tolist())))
+        if inside.mask(shape).any(): return inside
+        raise InputError(f'the outline holds no pixel of the image (width {shape[1]}, height {shape[0]}): draw it wider')
+    def mask(self, shape:tuple)->np.ndarray:
+        "(H,W) bool: the pixels whose centres lie inside"
+        return polygon2mask(shape[:2], np.array(self.outline)[:,::-1]-.5)
+    def around(self, shape, spacing=(1,1)):
+        p = np.array(self.outline)
+        return check_box(np.concatenate([p.min(0), p.max(0)]), shape)
+    def asked(self, grid, spacing=(1,1)):
+        return super().asked(grid, spacing)|dict(masks=mask_logits(self.mask(grid.shape), grid)[None])
+    def show(self, ax=None): return show_outline(self.outline, ax)
 
 # %% ../nbs/07_prompt.ipynb #55b680db
 BOX_COLUMNS = ['z','label','x0','y0','x1','y1'] # of a table of boxes
@@ -414,7 +444,7 @@ class Ask:
     @property
     def said(self)->str: return self.origin or self.prompt.kind
 
-# %% ../nbs/07_prompt.ipynb #47987a58
+# %% ../nbs/07_prompt.ipynb #0721fb47
 def table_of(
     asks:list, # of `Ask`
     shape:tuple, # (H,W) of a slice
@@ -426,7 +456,7 @@ def table_of(
         return a.z, a.label, *([np.nan]*4 if box is None else map(float, box)), a.said
     return pd.DataFrame([row(a) for a in asks], columns=[*BOX_COLUMNS,'prompt'])
 
-# %% ../nbs/07_prompt.ipynb #2f1adbbb
+# %% ../nbs/07_prompt.ipynb #b481baa6
 def _check_columns(table):
     "The numbers of a table of boxes; `InputError` that names the first row that cannot be meant"
     miss = [c for c in BOX_COLUMNS if c not in table]
@@ -460,7 +490,7 @@ def read_prompts(
     if isinstance(data, dict) and data.get('format')=='medsam_nb prompts': return data
     raise InputError('these are not prompts of medsam_nb: the field format is missing or another')
 
-# %% ../nbs/07_prompt.ipynb #d29edd6d
+# %% ../nbs/07_prompt.ipynb #4f00836e
 def _check_objects(data:dict)->tuple:
     "The objects, and the prompts as (object, slice, dict)"
     try:

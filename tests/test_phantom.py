@@ -1,4 +1,4 @@
-"What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is stopped, shared or in the way."
+"What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is stopped, shared or in the way"
 import hashlib, json, os, signal, subprocess, sys, time
 from itertools import combinations
 from pathlib import Path

@@ -85,4 +85,8 @@ class Notebook:
         assert not out[1], out[1]
         return out[0]
     def ask(self, expression): return json.loads(self.python(f'import json; print(json.dumps({expression}))'))
+    def close(self):
+        "Close the page and end its kernel, which would go on encoding slices behind the tests that follow"
+        try: self.js("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
+        finally: self.page.context.close()
     def save(self): self.js("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")

@@ -15,13 +15,16 @@ def chromium():
     return exe
 
 def _port():
-    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 def settings(own:Path)->dict:
     "Environment for a Jupyter that keeps everything of its own below `own` and announces nothing"
     (own/'config'/'labconfig').mkdir(parents=True)
     (own/'config'/'labconfig'/'page_config.json').write_text(json.dumps(dict(disabledExtensions={'@jupyterlab/apputils-extension:announcements': True})))
-    dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
+    dirs = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime',
+                JUPYTERLAB_SETTINGS_DIR='lab', JUPYTERLAB_WORKSPACES_DIR='workspaces', IPYTHONDIR='ipython')
     return {k: str(own/v) for k, v in dirs.items()}
 
 class Server:
@@ -29,15 +32,22 @@ class Server:
     def __init__(self, root:Path):
         self.root, self.port, self.token, own = root, _port(), secrets.token_hex(16), root/'.settings'
         env = dict(os.environ, PYTHONWARNINGS='ignore', MEDSAM_NB_HOME=str(root), OMP_NUM_THREADS='2', **settings(own))
-        cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1', f'--ServerApp.port={self.port}', '--ServerApp.port_retries=0',
-               f'--IdentityProvider.token={self.token}', '--LabApp.expose_app_in_browser=True', '--JupyterNotebookApp.expose_app_in_browser=True', '--LabApp.extension_manager=readonly', f'--ServerApp.root_dir={root}']
+        cmd = [sys.executable, '-m', 'jupyterlab', '--no-browser', '--allow-root', '--ServerApp.ip=127.0.0.1',
+               f'--ServerApp.port={self.port}', '--ServerApp.port_retries=0',
+               f'--IdentityProvider.token={self.token}', '--LabApp.expose_app_in_browser=True',
+               '--JupyterNotebookApp.expose_app_in_browser=True', '--LabApp.extension_manager=readonly',
+               f'--ServerApp.root_dir={root}']
         self.log = open(root/'.server.log', 'wb')
-        self.process = subprocess.Popen(cmd, env=env, cwd=root, stdout=self.log, stderr=self.log, start_new_session=True)
+        self.process = subprocess.Popen(cmd, env=env, cwd=root, stdout=self.log, stderr=self.log,
+                                        start_new_session=True)
         for _ in range(240):
-            try: urllib.request.urlopen(f'http://127.0.0.1:{self.port}/api/status?token={self.token}', timeout=2); return
+            try:
+                urllib.request.urlopen(f'http://127.0.0.1:{self.port}/api/status?token={self.token}', timeout=2)
+                return
             except (urllib.error.URLError, OSError): time.sleep(.25)
             if self.process.poll() is not None: break
-        self.stop(); raise RuntimeError('Jupyter did not start:\n'+(root/'.server.log').read_text()[-3000:])
+        self.stop()
+        raise RuntimeError('Jupyter did not start:\n'+(root/'.server.log').read_text()[-3000:])
     def stop(self):
         if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGTERM)
         try: self.process.wait(10)
@@ -55,7 +65,7 @@ class Notebook:
     def __init__(self, page, server, name, app='lab'):
         self.page, self.server, self.complaints = page, server, []
         page.on('pageerror', lambda o: str(o) in OWN or self.complaints.append(str(o)))
-        self.url = f"http://127.0.0.1:{server.port}/{'lab/tree' if app == 'lab' else 'notebooks'}/{name}?token={server.token}" + ('&reset' if app == 'lab' else '')
+        self.url = f"http://127.0.0.1:{server.port}/{'lab/tree' if app == 'lab' else 'notebooks'}/{name}?token={server.token}" + ('&reset' if app=='lab' else '')
         self.app = app
         self.open()
     def open(self):
@@ -87,6 +97,6 @@ class Notebook:
     def ask(self, expression): return json.loads(self.python(f'import json; print(json.dumps({expression}))'))
     def close(self):
         "Close the page and end its kernel, which would go on encoding slices behind the tests that follow"
-        try: self.js("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }")
+        try: self.js('async () => { await window.jupyterapp.shell.currentWidget.sessionContext.shutdown() }')
         finally: self.page.context.close()
     def save(self): self.js("async () => { await window.jupyterapp.commands.execute('docmanager:save') }")

@@ -6,7 +6,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = dict(
     medsam_curate='curate', medsam_embed='embed', medsam_finetune='finetune', medsam_evaluate='evaluate',
-    medsam_predict='segment', medsam_fetch='core', medsam_doctor='doctor', pre_CT='pre_CT', pre_grey_rgb2D='pre_grey_rgb2D')
+    medsam_predict='segment', medsam_fetch='core', medsam_doctor='doctor', pre_CT='pre_CT',
+    pre_grey_rgb2D='pre_grey_rgb2D')
 
 FORKS = '''
 import importlib, json, os, resource, sys, traceback, warnings
@@ -76,7 +77,8 @@ class Terminal:
         "Run one command in `folder`; `limit` is the largest file it may write, `nobody` takes the rights of root away"
         say = f'{self.tmp.name}/said'
         argv = [command, *map(str, args)]
-        job = dict(dir=str(folder), argv=argv, module='medsam_nb.'+MODULES[command], say=say, limit=limit, nobody=nobody)
+        job = dict(dir=str(folder), argv=argv, module='medsam_nb.'+MODULES[command], say=say, limit=limit,
+                   nobody=nobody)
         self.process.stdin.write(json.dumps(job)+'\n')
         self.process.stdin.flush()
         answer = self.process.stdout.readline()

@@ -139,8 +139,12 @@ fault('labels in a JPEG', CURATE+' --modality Photo', 'JPEG', pngs(masks='jpg'))
 fault('labels in colour', CURATE+' --modality Photo', 'colour', both(pngs('RGB'), coloured))
 fault('a truncated picture', CURATE+' --modality Photo', r'a\.png', both(pngs(), cut('raw/images/a.png')))
 # curation: options
-for option, words in {'--label_id liver':'liver', '--label_id 0':'label_ids', '--label_id 77':'77|no slice', '--window lung':'lung', '--window medsam --modality MR':'Hounsfield', '--low 99 --high 5 --window percentile':'low', '--size 0':'size',
-                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip', '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy', '--workers 0':'workers', '--workers -4':'workers'}.items():
+for option, words in {'--label_id liver':'liver', '--label_id 0':'label_ids', '--label_id 77':'77|no slice',
+                      '--window lung':'lung', '--window medsam --modality MR':'Hounsfield',
+                      '--low 99 --high 5 --window percentile':'low', '--size 0':'size',
+                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip',
+                      '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy',
+                      '--workers 0':'workers', '--workers -4':'workers'}.items():
     fault(f'curate {option}', f'{CURATE} {option}', words)
 # the disk's own refusals
 fault('an image nobody may read', CURATE, r'a_0000\.nii\.gz', lambda d: (d/IMG).chmod(0), nobody=True)
@@ -148,29 +152,39 @@ fault('an output folder nobody may write', CURATE, 'ermission', closed_folder, n
 fault('a full disk while curating', CURATE, 'large|space', limit=3000)
 fault('a full disk while predicting', ASK.replace('mask.nii.gz', 'mask.nii')+' --device cpu', 'large|space', limit=5000)
 # embedding
-for option, words in {'--model vit_x':'vit_x', '--dtype float8':'float8', '--precision fp8':'fp8', '--batch_size 0':'batch_size', '--device tpu':'tpu', '--checkpoint none.pth':'none.pth', '--checkpoint boxes.csv':'boxes.csv'}.items():
+for option, words in {'--model vit_x':'vit_x', '--dtype float8':'float8', '--precision fp8':'fp8',
+                      '--batch_size 0':'batch_size', '--device tpu':'tpu', '--checkpoint none.pth':'none.pth',
+                      '--checkpoint boxes.csv':'boxes.csv'}.items():
     fault(f'embed {option}', f'{EMBED} {option}', words)
 fault('embed nothing', 'medsam_embed nowhere', 'nowhere')
 fault('embed what is not curated', 'medsam_embed raw/images', 'raw/images')
 fault('embed a damaged file', EMBED, 'npz', lambda d: cut(an_npz(d).relative_to(d))(d))
 fault('embed a pickle', EMBED, 'npz', pickled)
-fault('a checkpoint that runs code', EMBED+' --checkpoint evil.pth', 'evil.pth', lambda d: torch.save(dict(a=Boom()), d/'evil.pth'))
+fault('a checkpoint that runs code', EMBED+' --checkpoint evil.pth', 'evil.pth',
+      lambda d: torch.save(dict(a=Boom()), d/'evil.pth'))
 fault('a truncated checkpoint', EMBED+' --checkpoint runs/run/best.pth', 'best.pth', cut('runs/run/best.pth'))
-fault('a checkpoint of something else', EMBED+' --checkpoint odd.pth', 'odd.pth', lambda d: torch.save(dict(conv=torch.zeros(2)), d/'odd.pth'))
+fault('a checkpoint of something else', EMBED+' --checkpoint odd.pth', 'odd.pth',
+      lambda d: torch.save(dict(conv=torch.zeros(2)), d/'odd.pth'))
 fault('a store that is a file', 'medsam_embed npz/CT_Abd --store boxes.csv', 'boxes.csv is a file')
 fault('a store in a folder of other things', 'medsam_embed npz/CT_Abd --store raw', 'raw is a folder of other things')
 fault('a store of other data', 'medsam_embed npz2/CT_Abd --store s.zarr', 'source|differ|another', other_data)
 # fine-tuning
-for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size', '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label', '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
+for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size',
+                      '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label',
+                      '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
                       '--model vit_b':'vit_b|model', '--epoch_samples 0':'epoch_samples'}.items():
     fault(f'finetune {option}', f'{TUNE} {option}', words)
 fault('fine-tune on nothing', 'medsam_finetune nowhere', 'nowhere')
 fault('fine-tune without embeddings', 'medsam_finetune npz/CT_Abd --store none.zarr', 'none.zarr')
-fault('fine-tune into a folder of other things', 'medsam_finetune npz/CT_Abd --store s.zarr --run raw/images', 'raw/images')
-fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --store s.zarr --run runs/run --lr 1', 'lr')
+fault('fine-tune into a folder of other things', 'medsam_finetune npz/CT_Abd --store s.zarr --run raw/images',
+      'raw/images')
+fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --store s.zarr --run runs/run --lr 1',
+      'lr')
 fault('one training patient', TUNE, 'two', one_patient)
 # evaluation
-for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance', '--device tpu':'tpu'}.items(): fault(f'evaluate {option}', f'{SCORE} {option}', words)
+for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance',
+                      '--device tpu':'tpu'}.items():
+    fault(f'evaluate {option}', f'{SCORE} {option}', words)
 fault('evaluate no run', 'medsam_evaluate npz/CT_Abd --store s.zarr --run never', 'never')
 fault('evaluate without a checkpoint', SCORE, 'best.pth', gone('runs/run/best.pth'))
 fault('evaluate a damaged configuration', SCORE, 'config.json', text('runs/run/config.json', '{'))
@@ -181,18 +195,28 @@ fault('predict without boxes', f'medsam_predict {IMG} mask.nii.gz', 'boxes')
 fault('predict over a file', f'medsam_predict {IMG} {LAB} --boxes boxes.csv', 'exists')
 fault('predict into a JPEG', f'medsam_predict {IMG} mask.jpg --boxes boxes.csv', 'mask.jpg')
 fault('no box file', f'medsam_predict {IMG} mask.nii.gz --boxes none.csv', 'none.csv')
-fault('predict a label of another size', f'medsam_predict {IMG} mask.nii.gz --labels {LAB}', 'size', label(scan(shape=(2,64,64))[1]))
-for name, (row, words) in {'columns':('a,b\n1,2', 'column|lack'), 'nothing':('', 'boxes'), 'no row':('z,label,x0,y0,x1,y1', 'empty|no '), 'a slice that is not there':('z,label,x0,y0,x1,y1\n9,1,5,5,20,20', '9'), 'words':('z,label,x0,y0,x1,y1\none,1,5,5,20,20', 'one|number'),
-                           'NaN':('z,label,x0,y0,x1,y1\n0,1,,5,20,20', 'x0|number|row|pixels'), 'label 0':('z,label,x0,y0,x1,y1\n0,0,5,5,20,20', 'label'), 'no area':('z,label,x0,y0,x1,y1\n0,1,5,5,5,20', 'box|area'), 'outside':('z,label,x0,y0,x1,y1\n0,1,500,500,520,520', 'outside|image')}.items():
+fault('predict a label of another size', f'medsam_predict {IMG} mask.nii.gz --labels {LAB}', 'size',
+      label(scan(shape=(2,64,64))[1]))
+for name, (row, words) in {'columns':('a,b\n1,2', 'column|lack'), 'nothing':('', 'boxes'),
+                           'no row':('z,label,x0,y0,x1,y1', 'empty|no '),
+                           'a slice that is not there':('z,label,x0,y0,x1,y1\n9,1,5,5,20,20', '9'),
+                           'words':('z,label,x0,y0,x1,y1\none,1,5,5,20,20', 'one|number'),
+                           'NaN':('z,label,x0,y0,x1,y1\n0,1,,5,20,20', 'x0|number|row|pixels'),
+                           'label 0':('z,label,x0,y0,x1,y1\n0,0,5,5,20,20', 'label'),
+                           'no area':('z,label,x0,y0,x1,y1\n0,1,5,5,5,20', 'box|area'),
+                           'outside':('z,label,x0,y0,x1,y1\n0,1,500,500,520,520', 'outside|image')}.items():
     fault(f'boxes with {name}', ASK, words, text('boxes.csv', row))
 # the doctor, and the tutorials' names
 fault('the doctor without a folder', 'medsam_doctor nowhere raw/labels', 'nowhere')
-fault('the doctor told to write into the data', 'medsam_doctor raw/images raw/labels --quick --json raw/images/report.json', 'raw/images')
+fault('the doctor told to write into the data',
+      'medsam_doctor raw/images raw/labels --quick --json raw/images/report.json', 'raw/images')
 fault('the doctor with a wrong window', 'medsam_doctor raw/images raw/labels --quick --window lung', 'lung')
 fault('pre_CT without a folder', 'pre_CT -i nowhere -gt raw/labels -o out', 'nowhere')
-fault('pre_CT with names that do not pair', 'pre_CT -i raw/images -gt raw/labels -o out', 'no image pairs', renamed(LAB, 'raw/labels/b.nii.gz'))
+fault('pre_CT with names that do not pair', 'pre_CT -i raw/images -gt raw/labels -o out', 'no image pairs',
+      renamed(LAB, 'raw/labels/b.nii.gz'))
 fault('pre_grey_rgb2D without masks', 'pre_grey_rgb2D -i raw/images -gt nowhere -o out', 'nowhere')
-fault('pre_grey_rgb2D with a table that is not there', 'pre_grey_rgb2D -i raw/images -gt raw/labels --csv none.csv -o out', 'none.csv')
+fault('pre_grey_rgb2D with a table that is not there',
+      'pre_grey_rgb2D -i raw/images -gt raw/labels --csv none.csv -o out', 'none.csv')
 # downloads
 fault('fetch what is unknown', 'medsam_fetch sam_vit_z', 'sam_vit_z')
 fault('fetch two from one address', 'medsam_fetch sam_vit_b sam_vit_l --url http://127.0.0.1:9/x', 'one')

@@ -74,7 +74,8 @@ def organ_scores(abdomen, label_maps):
     rows = {i: dict(organ=ORGANS[i], voxels=(truth==i).sum()) for i in ids}
     for i in ids: rows[i] |= {rule: dsc(m==i, truth==i) for rule, m in label_maps.items()}
     table = pd.DataFrame(rows.values(), index=ids)
-    say('abdomen_ct, lite, tight oracle boxes, one label map, DSC where the smaller mask wins, or the higher predicted IoU:',
+    say('abdomen_ct, lite, tight oracle boxes, one label map, DSC where the smaller mask wins, or the higher '
+        'predicted IoU:',
         table.round(3).to_string(), table[['smaller', 'iou']].mean().round(3).to_dict())
     return table
 
@@ -180,7 +181,8 @@ def test_other_scans_go_from_curate_to_predict(real_data, lite, tmp_path, name, 
     kept = read_npz(next(f for f in res.files() if f.stem.endswith(case.case))).z
     some = evenly(kept, min(4, len(kept)))
     boxes = oracle_boxes(lab).query('z in @some')
-    mask = predict_volume(Predictor(lite), vol, boxes, Recipe(modality=modality, anatomy='x', label_ids=(1,)), progress=False)
+    mask = predict_volume(Predictor(lite), vol, boxes, Recipe(modality=modality, anatomy='x', label_ids=(1,)),
+                          progress=False)
     score = dsc(mask[some]==1, lab.array[some]==1)
     say(f'{name} {vol.shape}: {res.table.kept.sum()} slices kept; {case.case}, {len(some)} slices, '
         f'tight oracle boxes: DSC {score:.3f}')
@@ -235,7 +237,8 @@ def test_btcv_pretrained_on_all_organs(btcv, lite):
     organs = t.groupby('organ', sort=False)[['pieces', 'each', 'one box']].mean().assign(masks=t.organ.value_counts())
     say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, '
         f'mean DSC over masks {means["each"]:.3f} (one box round all pieces: {means["one box"]:.3f}), '
-        f'mean over the organs {organs["each"].mean():.3f} ({organs["one box"].mean():.3f})', organs.round(3).to_string())
+        f'mean over the organs {organs["each"].mean():.3f} ({organs["one box"].mean():.3f})',
+        organs.round(3).to_string())
     assert t.organ.nunique()==13
     assert means['each']>=.84 and means['one box']>=.81
 
@@ -246,7 +249,8 @@ def test_btcv_gallbladder(btcv):
     run = finetune(folder, store, tmp/'gallbladder', device='cpu', labels=(4,), epochs=20, lr=5e-5)
     ev = evaluate(folder, store, tmp/'gallbladder', labels=(4,), device='cpu')
     t = ev.scores.pivot_table(index='slack', columns='decoder', values='DSC_256', sort=False)
-    say(f'btcv2d gallbladder, {run}', f'held-out DSC against box slack, mean over {len(ev.scores)//12} masks:', t.round(3).to_string())
+    say(f'btcv2d gallbladder, {run}', f'held-out DSC against box slack, mean over {len(ev.scores)//12} masks:',
+        t.round(3).to_string())
     assert len(t)==6
     assert t['fine-tuned'][20]>t['pretrained'][20]
 
@@ -260,7 +264,8 @@ def all_organs(btcv):
     organs = ev.scores.assign(organ=ev.scores.label.map(BTCV))
     organs = organs.pivot_table(index='organ', columns=['slack', 'decoder'], values='DSC_256', sort=False)
     say(f'btcv2d, {n} masks to train and validate on, {len(ev.scores)//4} held out, {run}',
-        *(f'slack {s}: {masks_mean(ev, s).round(3).to_dict()}' for s in (20,0)), organs.round(3).to_string(), ev.table().to_string(index=False))
+        *(f'slack {s}: {masks_mean(ev, s).round(3).to_dict()}' for s in (20,0)), organs.round(3).to_string(),
+        ev.table().to_string(index=False))
     return ev
 
 @of_btcv

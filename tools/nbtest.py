@@ -17,11 +17,13 @@ def run(files:list, flags:str, workers:int)->list:
     from nbdev.config import get_config
     from nbdev.test import test_nb
     cfg = get_config()
-    return list(parallel(test_nb, files, skip_flags=cfg.tst_flags.split(), force_flags=flags.split(), basepath=cfg.config_path, n_workers=workers, pause=.01))
+    return list(parallel(test_nb, files, skip_flags=cfg.tst_flags.split(), force_flags=flags.split(),
+                         basepath=cfg.config_path, n_workers=workers, pause=.01))
 
 def report(files:list, results:list):
     "Say how long each took, then end with 1 when one failed"
-    for f, (passed, seconds) in sorted(zip(files, results), key=lambda o: -o[1][1]): print(f'{f.name}: {seconds:.0f} secs')
+    for f, (passed, seconds) in sorted(zip(files, results),
+                                       key=lambda o: -o[1][1]): print(f'{f.name}: {seconds:.0f} secs')
     failed = [f.name for f, (passed, _) in zip(files, results) if not passed]
     if failed: sys.exit('nbdev tests failed on: ' + ', '.join(failed))
 
@@ -34,7 +36,8 @@ def main():
     path = str(Path(a.path).resolve()) if a.path else None
     os.chdir(ROOT)
     os.environ.setdefault('MPLBACKEND', 'agg')
-    os.environ['MEDSAM_NB_HOME'] = home = tempfile.mkdtemp(prefix='medsam_nb-')   # tutorials start from nothing, and the repository stays clean
+    # tutorials start from nothing, and the repository stays clean
+    os.environ['MEDSAM_NB_HOME'] = home = tempfile.mkdtemp(prefix='medsam_nb-')
     from nbdev.doclinks import nbglob
     found = nbglob(path)
     if not found:
@@ -42,14 +45,16 @@ def main():
         sys.exit(1)
     from notebooks import original, skips
     start = time.time()
-    n_workers = 0 if len(found) == 1 else a.workers
+    n_workers = 0 if len(found)==1 else a.workers
     try:
-        left = [f'{o.relative_to(ROOT)}: not run, skip_exec: its code is that of {original(o).relative_to(ROOT)} (tests/test_repo.py compares them)' for o in map(Path, found) if skips(o)]
+        left = [f'{o.relative_to(ROOT)}: not run, skip_exec: its code is that of {original(o).relative_to(ROOT)} '
+                f'(tests/test_repo.py compares them)' for o in map(Path, found) if skips(o)]
         files = sorted((Path(o).absolute() for o in found), key=place)
         report(files, run(files, a.flags, n_workers))
     except ValueError as e: sys.exit(str(e))
     finally: shutil.rmtree(home, ignore_errors=True)
     for o in left: print(o)
-    print(f'{len(found) - len(left)} notebooks tested in {time.time()-start:.0f} s' + (f', {len(left)} not run' if left else ''))
+    print(f'{len(found) - len(left)} notebooks tested in {time.time()-start:.0f} s' + (f', {len(left)} not run'
+        if left else ''))
 
-if __name__ == '__main__': main()
+if __name__=='__main__': main()

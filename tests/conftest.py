@@ -1,4 +1,4 @@
-"What every test shares: a home outside the repository, few threads, an order for several workers, and why a test cannot run here"
+"What every test shares: a home outside the repository, few threads, an order for two workers, reasons to skip"
 import os, shutil, tempfile
 from pathlib import Path
 import pytest

@@ -1,4 +1,4 @@
-"Bad input, given to the real commands: each ends in one clear sentence and exit code 2, and leaves every file as it was"
+"Bad input, given to the real commands: each ends in one clear sentence and exit code 2, and touches no file"
 import gzip, os, re, shlex, shutil, tempfile
 from pathlib import Path
 import numpy as np, pytest, torch

@@ -1,4 +1,4 @@
-"The package as people get it: an sdist and a wheel built from a clean copy, the wheel in an environment of its own, used far from the repository"
+"The package as people get it: sdist and wheel of a clean copy, the wheel in an environment far from the repository"
 import os, re, shutil, subprocess, sys, sysconfig, tarfile, venv, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +35,7 @@ def wheel(dist):
 
 @pytest.fixture(scope='module')
 def python(wheel, tmp_path_factory):
-    "Python of a fresh environment with the wheel in it, which borrows the dependencies (not the editable package) of this one"
+    "Python of a fresh environment with the wheel in it; the dependencies are borrowed from this one"
     top = tmp_path_factory.mktemp('fresh')/'env'
     venv.create(top, with_pip=False)
     exe = top/('Scripts' if os.name=='nt' else 'bin')/'python'

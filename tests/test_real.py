@@ -14,8 +14,8 @@ from medsam_nb.volume import check_pair, find_cases, read_volume, write_mask
 
 pytestmark = pytest.mark.real
 of_btcv = pytest.mark.xdist_group('btcv') # they share the embeddings of one fixture
-BTCV = {1:'spleen', 2:'right kidney', 3:'left kidney', 4:'gallbladder', 5:'oesophagus', 6:'liver', 7:'stomach', 8:'aorta', 9:'IVC',
-        10:'portal vein', 11:'pancreas', 12:'right adrenal', 13:'left adrenal'}
+BTCV = {1:'spleen', 2:'right kidney', 3:'left kidney', 4:'gallbladder', 5:'oesophagus', 6:'liver', 7:'stomach',
+        8:'aorta', 9:'IVC', 10:'portal vein', 11:'pancreas', 12:'right adrenal', 13:'left adrenal'}
 
 @pytest.fixture(scope='module')
 def lite(): return load_model('lite', device='cpu')

@@ -1,4 +1,4 @@
-"Real scans by commands alone: look, curate, embed, predict, from a raw folder to a mask in its own geometry. Marked `real`"
+"Real scans by commands alone, from a raw folder to a mask in its own geometry. Marked `real`"
 import os, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pandas as pd, pytest

@@ -40,7 +40,7 @@ def save(path, array, spacing=SPACING, origin=(0,0,0), direction=None):
     sitk.WriteImage(im, str(path))
 
 def dicom(path, array, **tags):
-    "Write a slice (H,W) as DICOM; tags like g0008_0060='CT'. SimpleITK leaves the process in the C locale after that, so the locale is put back"
+    "Write a slice (H,W) as DICOM; tags like g0008_0060='CT'. SimpleITK leaves the C locale behind: it is put back"
     was = locale.setlocale(locale.LC_ALL)
     im, w = sitk.GetImageFromArray(array), sitk.ImageFileWriter()
     for k, v in tags.items(): im.SetMetaData(k[1:].replace('_', '|'), v)

@@ -1,5 +1,5 @@
-"""Run nbdev's test over every notebook, say how many there were and how long each took; no notebook at all is a failure. A translation is not run a
-second time, and that is said; a notebook that is skipped for any other reason is a failure."""
+"""Run nbdev's test over every notebook, say how many there were and how long each took; none at all is a failure.
+A translation is not run again, and that is said; a notebook that is skipped for any other reason is a failure."""
 import argparse, os, shutil, sys, tempfile, time
 from pathlib import Path
 

@@ -86,7 +86,7 @@ class Notebook:
         "Run all cells and wait for the first drawing"
         self.js("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }")
         self.page.wait_for_selector('.medsam-draw canvas', timeout=90_000)
-        self.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam?.image", timeout=60_000)
+        self.page.wait_for_function("() => document.querySelector('.medsam-draw').medsam?.view?.image", timeout=60_000)
     def python(self, code):
         "Run code in the notebook's kernel and return the value of its last line, through JSON"
         out = self.js('''async code => {

@@ -334,7 +334,7 @@ def test_axe_finds_nothing_serious(tab, name):
         page.wait_for_function(f'({LIGHTNESS})(document.body) {"<" if scheme == "dark" else ">"} .5', timeout=5000)
         page.wait_for_timeout(400)  # transitions
         r = page.evaluate("axe.run({resultTypes: ['violations']}).then(r => r.violations.map(v => [v.impact, v.id, "
-                          "v.nodes.map(n => n.html.slice(0, 120))]))")
+                          'v.nodes.map(n => n.html.slice(0, 120))]))')
         serious = [o for o in r if o[0] in ('serious', 'critical')]
         if serious: found[scheme, view['width']] = serious
     assert not found

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BOX_COLUMNS', 'mask_to_box', 'instances', 'check_box', 'perturb_box', 'slack_box', 'sample_points',
-           'next_click', 'longest_diameter', 'short_diameter', 'line_to_box', 'check_points', 'Prompt', 'as_prompt',
-           'Box', 'Line', 'Points', 'Ask', 'asks_of', 'table_of', 'read_prompts', 'check_prompts']
+           'next_click', 'longest_diameter', 'short_diameter', 'line_to_box', 'check_points', 'mask_logits', 'Prompt',
+           'as_prompt', 'Box', 'Line', 'Points', 'Ask', 'asks_of', 'table_of', 'read_prompts', 'check_prompts']
 
 # %% ../nbs/07_prompt.ipynb #b7b7f3ad
 import json, re
@@ -18,7 +18,7 @@ from scipy.spatial.distance import pdist, squareform
 from skimage.measure import label
 from .core import InputError
 from .show import _outline, show_box, show_line, show_points
-from .view import Grid, as_array
+from .view import Grid, as_array, resize_label
 
 # %% ../nbs/07_prompt.ipynb #44e62268
 def _as_mask(mask):
@@ -235,6 +235,17 @@ def check_points(
     if l.shape==p.shape[:2] and np.isin(l, (0,1)).all(): return p, l.astype(np.int64)
     raise InputError(f'point_labels have to be one 0 (background) or 1 (foreground) per point: '
                      f'found {l.tolist()} for {p.shape[1]} points')
+
+# %% ../nbs/07_prompt.ipynb #a4c5c1e5
+def mask_logits(
+    mask:np.ndarray, # (H,W) bool, or zero and non-zero, image pixels
+    grid:Grid, # how the image lies on the model's square
+)->np.ndarray: # (1,256,256) float32: 8 inside, -8 outside
+    "A mask of the image as the logits that SAM's prompt encoder takes"
+    m = _as_mask(mask)
+    if m.shape!=grid.shape: raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give a mask of the image')
+    inside = resize_label(grid.turn(m), 256, grid.fit)
+    return np.where(inside, 8, -8).astype(np.float32)[None]
 
 # %% ../nbs/07_prompt.ipynb #d98eb208
 KINDS = {} # kind of prompt -> its class

@@ -13,7 +13,6 @@ from functools import wraps
 from pathlib import Path
 import anywidget, ipywidgets as widgets, numpy as np, torch, traitlets as tr
 from fastcore.basics import patch
-from matplotlib.colors import to_hex
 from .core import InputError, ORGANS, atomic_path, home, work_dir
 from .curate import source_hash
 from .embed import EmbeddingStore, encode
@@ -23,12 +22,12 @@ from .predict import Predictor
 from .prompt import (Ask, BOX_COLUMNS, Box, KINDS, Prompt, as_prompt, check_prompts, mask_to_box,
                               read_prompts, table_of)
 from .sam import click_note, load_model
-from .show import COLORS
+from .show import color
 from .view import Recipe, View, WINDOWS
 from .volume import (FLAT, MEDICAL, Volume, check_pair, find_cases, has_dicom, image_values, label_values,
                               read_volume, split_name, write_mask)
 
-# %% ../nbs/14_draw.ipynb #0477eedd
+# %% ../nbs/14_draw.ipynb #af89d6e9
 def _check_shape(a):
     "Refuse an array that is no slice, no volume and no colour of either"
     colour = a.ndim==4 and a.shape[-1]==3 and a.dtype==np.uint8
@@ -37,7 +36,7 @@ def _check_shape(a):
                          '(H,W,3) and (D,H,W,3) as uint8; of a 4-D image, take one volume: a[0]')
     if not a.size: raise InputError(f'the array has shape {a.shape}: there is nothing in it')
 
-# %% ../nbs/14_draw.ipynb #f930810a
+# %% ../nbs/14_draw.ipynb #3d5e6b5e
 def _as_volume(a, name, values=image_values, like=None):
     "An array as a `Volume`: (H,W), (D,H,W), (H,W,3) or (D,H,W,3)"
     a = np.asarray(a)
@@ -47,7 +46,7 @@ def _as_volume(a, name, values=image_values, like=None):
     if like is None: return Volume(values(a, name), (1,1,1), name)
     return Volume(values(a, name), like.spacing, name, source=like.source)
 
-# %% ../nbs/14_draw.ipynb #b734c0c8
+# %% ../nbs/14_draw.ipynb #393ce866
 @dataclass
 class DrawCase:
     "Something to draw on: where its image is, and its label if there is one"
@@ -63,7 +62,7 @@ class DrawCase:
         vol = replace(vol, array=image_values(vol.array, 'the image'))
         return vol, None if self.label is None else self._read_label(vol)
 
-# %% ../nbs/14_draw.ipynb #59f1e714
+# %% ../nbs/14_draw.ipynb #5cd403df
 @patch
 def _read_label(self:DrawCase, vol):
     lab = self.label
@@ -72,7 +71,7 @@ def _read_label(self:DrawCase, vol):
     check_pair(vol, lab)
     return replace(lab, array=label_values(lab.array, 'the label'))
 
-# %% ../nbs/14_draw.ipynb #38160b35
+# %% ../nbs/14_draw.ipynb #6925f311
 def _is_image(p):
     if p.name.startswith('.'): return False
     return has_dicom(p) or (p.is_file() and split_name(p)[1] in MEDICAL+FLAT)
@@ -80,7 +79,7 @@ def _is_image(p):
 def _images(folder): return sorted(p for p in folder.iterdir() if _is_image(p))
 def _unlabelled(paths): return [DrawCase(split_name(p)[0], p) for p in paths]
 
-# %% ../nbs/14_draw.ipynb #38f2cfbf
+# %% ../nbs/14_draw.ipynb #66df5654
 def _cases_in(folder, labels):
     "The cases of a folder: images/ and labels/, image files, or one DICOM series"
     images = folder/'images' if (folder/'images').is_dir() else folder
@@ -94,7 +93,7 @@ def _cases_in(folder, labels):
     alone = [p for p in found.unpaired if p.parent==Path(images)]
     return [DrawCase(c.case, c.image, c.label) for c in found]+_unlabelled(alone)
 
-# %% ../nbs/14_draw.ipynb #5a2284ab
+# %% ../nbs/14_draw.ipynb #512571a1
 def _find(path):
     "A path as it is, or below the project folder"
     elsewhere = not Path(path).exists() and (home()/path).exists()
@@ -105,7 +104,7 @@ def _array_case(a, labels):
     vol = a if known else _as_volume(a, 'array')
     return DrawCase(vol.case or 'array', vol, labels, 'mm' if known else 'px')
 
-# %% ../nbs/14_draw.ipynb #e24186b1
+# %% ../nbs/14_draw.ipynb #7dcdbb96
 def list_cases(
     source=None, # folder, file, DICOM folder, `Volume` or array; None: a phantom
     labels=None, # folder or file of labels, a `Volume` or an array; in a FLARE22 folder they are found
@@ -129,7 +128,7 @@ def guess_recipe(
     if vol.array.dtype==np.uint8: return Recipe(modality='Photo')
     return Recipe(modality='CT' if vol.array.min()<-200 else 'MR')
 
-# %% ../nbs/14_draw.ipynb #3534d59e
+# %% ../nbs/14_draw.ipynb #d4b34d3d
 class SliceCache:
     "Embeddings of a volume's slices: remembered, from a store, or encoded now"
     def __init__(self,
@@ -169,7 +168,7 @@ class SliceCache:
         old = [k for k in self.cache if k!=z and k not in self.wanted[:1]]
         for k in old[:max(0, len(self.cache)-self.keep)]: del self.cache[k]
 
-# %% ../nbs/14_draw.ipynb #48e0dfa1
+# %% ../nbs/14_draw.ipynb #d098c842
 class SliceEmbedder(SliceCache):
     "A `SliceCache` that prepares slices in the background"
     def __init__(self,
@@ -209,7 +208,7 @@ class SliceEmbedder(SliceCache):
         self.close()
         self.thread.join(30)
 
-# %% ../nbs/14_draw.ipynb #266a932a
+# %% ../nbs/14_draw.ipynb #1140cb33
 @patch
 def _next(self:SliceEmbedder):
     "Wait for a slice that is wanted and not there; None at the end"
@@ -220,7 +219,7 @@ def _next(self:SliceEmbedder):
             if todo and (quiet or todo[0]==self.wanted[0]): return todo[0]
             self.news.wait(.2 if todo else None)
 
-# %% ../nbs/14_draw.ipynb #43eea97b
+# %% ../nbs/14_draw.ipynb #db430560
 @patch
 def _try(self:SliceEmbedder, z):
     "Make slice `z`; returns the error if there was one"
@@ -239,7 +238,7 @@ def _work(self:SliceEmbedder):
         except Exception: traceback.print_exc() # the thread has to live on
     atexit.unregister(self._end)
 
-# %% ../nbs/14_draw.ipynb #e511069f
+# %% ../nbs/14_draw.ipynb #9e2046c6
 def _unfit(store, at, case, recipe, sam):
     "Why a store cannot serve a case; '' if it can"
     if store.attrs.get('encoder_sha256')!=sam.encoder_sha256: return 'the store is of another model'
@@ -251,7 +250,7 @@ def _unfit(store, at, case, recipe, sam):
     if files and source_hash(case.image, case.label)==made['source_sha256']: return ''
     return 'the store was made from other files'
 
-# %% ../nbs/14_draw.ipynb #d67f1603
+# %% ../nbs/14_draw.ipynb #0b07c876
 def stored_slices(
     store, # `EmbeddingStore`, a path, or None
     case:DrawCase, # image and label as files
@@ -269,9 +268,7 @@ def stored_slices(
     index = {z:i for i,z in enumerate(store.group[at].attrs['z']) if i not in gone}
     return (lambda z: emb[index[z]] if z in index else None), ''
 
-# %% ../nbs/14_draw.ipynb #948f9094
-def _color(id): return to_hex(COLORS[(id-1)%len(COLORS)])
-
+# %% ../nbs/14_draw.ipynb #693d2705
 @dataclass
 class Answer:
     "One mask: for which prompt, and how good"
@@ -285,7 +282,7 @@ class Answer:
         scores = '' if self.dsc is None else f', DSC {self.dsc:.3f}, NSD {self.nsd:.3f}'
         return f'Answer({self.prompt.kind}, {self.mask.sum()} px, predicted IoU {self.iou:.2f}{scores})'
 
-# %% ../nbs/14_draw.ipynb #94e4bf15
+# %% ../nbs/14_draw.ipynb #a315e273
 class History:
     "Prompts by object and slice, and what they were before; a state is a dict that is replaced, never changed"
     def __init__(self):
@@ -335,7 +332,7 @@ class History:
             self.prompts = self.settled = here.pop()
             return True
 
-# %% ../nbs/14_draw.ipynb #3600e64d
+# %% ../nbs/14_draw.ipynb #c5e3025d
 class Session(History):
     "One case being drawn on: volume, objects, prompts with their history, masks"
     def __init__(self,
@@ -387,7 +384,7 @@ class Session(History):
     def __repr__(self):
         return f'Session({self.case.name!r}: {self.shape}, {len(self.objects)} objects, {len(self.prompts)} prompts)'
 
-# %% ../nbs/14_draw.ipynb #cb2e4835
+# %% ../nbs/14_draw.ipynb #41995e96
 @patch
 def add_object(self:Session,
     name:str, # what to call it
@@ -399,10 +396,10 @@ def add_object(self:Session,
     if not 1<=id<=65535: raise InputError(f'the id of an object is {id}: give a whole number from 1 to 65535')
     if id in used: raise InputError(f'there is an object with the id {id} already: give another, or none')
     name = str(name).strip() or f'object {id}'
-    self.objects.append(dict(id=int(id), name=name, colour=_color(id)))
+    self.objects.append(dict(id=int(id), name=name, colour=color(id)))
     return id
 
-# %% ../nbs/14_draw.ipynb #1b7b2d0d
+# %% ../nbs/14_draw.ipynb #2c4e3f4d
 @patch
 def set_prompt(self:Session,
     object:int, # id of the object
@@ -418,7 +415,7 @@ def set_prompt(self:Session,
     new = None if prompt is None else as_prompt(prompt, self.shape[1:])
     self.put((object,int(z)), new, remember)
 
-# %% ../nbs/14_draw.ipynb #74664ddb
+# %% ../nbs/14_draw.ipynb #bb7af148
 @patch
 def truth(self:Session,
     object:int, # id
@@ -427,7 +424,7 @@ def truth(self:Session,
     "The label of an object on a slice; None for an object that the label does not know"
     return self.label.array[z]==object if object in self.known else None
 
-# %% ../nbs/14_draw.ipynb #5d328ca0
+# %% ../nbs/14_draw.ipynb #b916b143
 @patch
 def _scores(self:Session, mask, object, z):
     "DSC and NSD (at 1 mm) on the slice, worked out in the part of it where anything is"
@@ -439,18 +436,14 @@ def _scores(self:Session, mask, object, z):
     part = np.s_[ys[0]:ys[-1]+1, xs[0]:xs[-1]+1]
     return dsc(mask[part], t[part]), nsd(mask[part], t[part], tuple(self.vol.spacing[1:]), 1.)
 
-# %% ../nbs/14_draw.ipynb #ddc5d03f
-_WORDS = dict(boxes='box', points='points', point_labels='labels') # `Prompt.asked` -> `Predictor.predict`
-
+# %% ../nbs/14_draw.ipynb #2fe3a170
 @patch
 def _ask(self:Session, decoder, z, prompt):
     "A `Prediction` for one prompt"
-    p = Predictor(self.sams[decoder], quiet=True).set_embedding(self.embedder(decoder).get(z), self.grid)
-    asked = prompt.asked(self.grid, self.vol.spacing)
-    masks = asked.pop('masks', None)
-    return p.predict(**{_WORDS[k]:v for k,v in asked.items()}, mask=None if masks is None else masks[:,0])
+    p = Predictor(self.sams[decoder], quiet=True)
+    return p.set_embedding(self.embedder(decoder).get(z), self.grid).ask([prompt], self.vol.spacing)
 
-# %% ../nbs/14_draw.ipynb #50a34153
+# %% ../nbs/14_draw.ipynb #526e4676
 @patch
 def segment(self:Session,
     decoder:str, # a key of `sams`
@@ -467,7 +460,7 @@ def segment(self:Session,
     self.answers[decoder,object,z] = a = Answer(prompt, mask, float(pred.iou[0]), *self._scores(mask, object, z))
     return a
 
-# %% ../nbs/14_draw.ipynb #5c4e6669
+# %% ../nbs/14_draw.ipynb #6d5bee7d
 @patch
 def label_map(self:Session,
     decoder:str=None, # a key of `sams`; default the first
@@ -480,13 +473,13 @@ def label_map(self:Session,
     for (o,z),m in sorted(masks.items(), key=lambda r: -r[1].sum()): out[z][m] = o
     return out
 
-# %% ../nbs/14_draw.ipynb #264f3eac
+# %% ../nbs/14_draw.ipynb #6ccdf108
 def _alive(new, old, min_pixels, jump):
     "Is a mask a plausible continuation of its neighbour?"
     n,o = new.sum(),old.sum()
     return n>=min_pixels and (new&old).any() and o/jump<=n<=o*jump
 
-# %% ../nbs/14_draw.ipynb #1472e98d
+# %% ../nbs/14_draw.ipynb #7c265cf1
 @patch
 def _box_after(self:Session, mask, margin):
     "The prompt for the neighbour of a slice with this mask"
@@ -494,14 +487,14 @@ def _box_after(self:Session, mask, margin):
     box = mask_to_box(mask)+np.array([-1,-1,1,1])*margin
     return Box(tuple(box.clip(0, [W,H,W,H]).tolist()), carried=True)
 
-# %% ../nbs/14_draw.ipynb #3481a6d2
+# %% ../nbs/14_draw.ipynb #d3819696
 @patch
 def _may_carry(self:Session, object, k, last):
     "Is slice `k` free, and its neighbour `last` still there?"
     there = self.settled.get((object,k))
     return (object,last) in self.settled and (there is None or there.carried)
 
-# %% ../nbs/14_draw.ipynb #f0112761
+# %% ../nbs/14_draw.ipynb #af95899c
 @patch
 def carry(self:Session,
     decoder:str, # a key of `sams`
@@ -526,13 +519,13 @@ def carry(self:Session,
             yield k
             old,k = new,k+step
 
-# %% ../nbs/14_draw.ipynb #378c9173
+# %% ../nbs/14_draw.ipynb #d363acb7
 @patch(as_prop=True)
 def asks(self:Session)->list: # of `Ask`
     "What was drawn, by slice and object"
     return [Ask(z, o, p) for (o,z),p in sorted(self.settled.items(), key=lambda r: r[0][::-1])]
 
-# %% ../nbs/14_draw.ipynb #596a506e
+# %% ../nbs/14_draw.ipynb #514d8fb9
 @patch
 def to_json(self:Session)->dict:
     "Objects and prompts, ready for `json.dump`"
@@ -540,10 +533,10 @@ def to_json(self:Session)->dict:
     return dict(format='medsam_nb prompts', version=1, case=self.case.name, shape=list(self.shape),
                 objects=self.objects, prompts=rows)
 
-# %% ../nbs/14_draw.ipynb #81bb605f
+# %% ../nbs/14_draw.ipynb #ef897087
 def _saved(data): return read_prompts(data if isinstance(data, dict) else _find(data))
 
-# %% ../nbs/14_draw.ipynb #957c8cf2
+# %% ../nbs/14_draw.ipynb #2f6f3ab6
 @patch
 def from_json(self:Session,
     data, # what `to_json` gave, or the path of a file with it
@@ -555,7 +548,7 @@ def from_json(self:Session,
         self.objects += [o for o in objects if o['id'] not in known]
         self.settle(new)
 
-# %% ../nbs/14_draw.ipynb #8bbef011
+# %% ../nbs/14_draw.ipynb #f51f6b35
 @patch
 def save_prompts(self:Session,
     path, # of the JSON file
@@ -566,7 +559,7 @@ def save_prompts(self:Session,
     with atomic_path(path, overwrite=overwrite) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/14_draw.ipynb #0f1b31b2
+# %% ../nbs/14_draw.ipynb #34aaba4c
 @patch
 def save_masks(self:Session,
     path, # of the masks
@@ -592,17 +585,16 @@ class Canvas(anywidget.AnyWidget):
     opacity,contour = tr.Float(.45).tag(sync=True),tr.Bool(True).tag(sync=True)
     status = tr.Unicode('').tag(sync=True)
 
-# %% ../nbs/14_draw.ipynb #149356b2
+# %% ../nbs/14_draw.ipynb #36517165
 def _bits(mask): return np.packbits(mask).tobytes()
 
 @patch(as_prop=True)
 def pixel(self:Session)->dict: # spacing (row, column) and unit
     "The size of a pixel, in mm or, where nobody knows it, in pixels"
-    picture = self.vol.source.plane=='image' and (self.vol.spacing==1).all()
-    if picture or self.case.unit=='px': return dict(spacing=[1.,1.], unit='px')
+    if self.vol.flat or self.case.unit=='px': return dict(spacing=[1.,1.], unit='px')
     return dict(spacing=[float(s) for s in self.vol.spacing[1:]], unit='mm')
 
-# %% ../nbs/14_draw.ipynb #01248111
+# %% ../nbs/14_draw.ipynb #1296f61a
 @patch
 def picture(self:Session,
     z:int, # slice
@@ -614,7 +606,7 @@ def picture(self:Session,
     return dict(z=int(z), width=a.shape[1], height=a.shape[0], dtype='rgb' if a.ndim==3 else a.dtype.name,
                 pixels=a.tobytes(), truth=there, **self.pixel)
 
-# %% ../nbs/14_draw.ipynb #a3a333bc
+# %% ../nbs/14_draw.ipynb #cb840a09
 @patch
 def answer(self:Session,
     z:int, # slice
@@ -629,18 +621,18 @@ def answer(self:Session,
     said = {str(i):p.to_dict() for i,p in here.items()}
     return dict(seq=seq, z=int(z), panes=panes, prompts=said, model_ms=spent)
 
-# %% ../nbs/14_draw.ipynb #582719e9
+# %% ../nbs/14_draw.ipynb #0dd25bef
 @patch
 def _pane(self:Session, decoder, z, prompts):
     if not self.embedder(decoder).ready(z): return []
     masks = {i:self.segment(decoder, i, z, p) for i,p in prompts.items()}
     return [dict(id=i, bits=_bits(a.mask), iou=a.iou, dsc=a.dsc, nsd=a.nsd) for i,a in masks.items()]
 
-# %% ../nbs/14_draw.ipynb #8e3d2c4b
+# %% ../nbs/14_draw.ipynb #6ded9ee9
 DISPLAY = {'abdomen':WINDOWS['abdomen'], 'liver':(-30,200), 'lung':(-1350,150), 'bone':(-450,1050), 'brain':(0,80),
            'model (medsam)':WINDOWS['medsam']} # lower and upper limit, HU
 
-# %% ../nbs/14_draw.ipynb #0cd72542
+# %% ../nbs/14_draw.ipynb #a2ba2467
 def display_windows(
     view:View, # the volume as the model sees it
 )->dict: # name -> (low, high), the first is shown first
@@ -651,14 +643,14 @@ def display_windows(
     def wide(lo, hi): return lo, hi if hi>lo else lo+1
     return {'as the model sees it':wide(*seen), 'all values':wide(float(a.min()), float(a.max()))}
 
-# %% ../nbs/14_draw.ipynb #b233ef8e
+# %% ../nbs/14_draw.ipynb #96ee700f
 def _tools(): return [t for k in KINDS.values() for t in k.tools]+[('ruler', 'ruler', 'Measure; changes nothing')]
 def _look(width, text=40):
     return dict(layout=widgets.Layout(width=f'{width}px'), style=dict(description_width=f'{text}px'))
 def _switch(**kwargs):
     return widgets.ToggleButtons(layout=widgets.Layout(width='auto'), style=dict(button_width='auto'), **kwargs)
 
-# %% ../nbs/14_draw.ipynb #c603a6f3
+# %% ../nbs/14_draw.ipynb #e5b6d769
 def _pickers(cases, views):
     "What to draw on, for what, and with what"
     names,texts,tips = zip(*_tools())
@@ -670,7 +662,7 @@ def _pickers(cases, views):
         tool=_switch(options=list(zip(texts, names)), tooltips=tips),
         window=widgets.Dropdown(description='window', **_look(220, 55)))
 
-# %% ../nbs/14_draw.ipynb #240e3be6
+# %% ../nbs/14_draw.ipynb #dcb83c73
 def _button(icon, tip, text=''):
     layout = widgets.Layout(width='auto', min_width='40px')
     return widgets.Button(icon=icon, tooltip=tip, description=text, layout=layout)
@@ -684,7 +676,7 @@ def _buttons():
         carry=_button('arrows-v', 'Use this box on the next slices, up and down, while the mask lives', 'carry on'),
         save=_button('save', 'Masks as NIfTI in the geometry of the scan, and prompts as JSON beside them', 'save'))
 
-# %% ../nbs/14_draw.ipynb #1ea930f4
+# %% ../nbs/14_draw.ipynb #6d03e7dc
 def _fields():
     "How to look at it, and where to keep it"
     box = dict(indent=False, layout=widgets.Layout(width='auto'))
@@ -695,7 +687,7 @@ def _fields():
         path=widgets.Text(description='file', **_look(420)),
         overwrite=widgets.Checkbox(description='overwrite', value=False, **box))
 
-# %% ../nbs/14_draw.ipynb #846d6bb2
+# %% ../nbs/14_draw.ipynb #110ea725
 class Annotator(widgets.VBox):
     "The cell that segments as you draw; made by `annotate`"
     def __init__(self,
@@ -737,7 +729,7 @@ class Annotator(widgets.VBox):
         super().close()
     def __repr__(self): return f'Annotator({self.session!r}, {self.decoder})'
 
-# %% ../nbs/14_draw.ipynb #b3eb1286
+# %% ../nbs/14_draw.ipynb #3146743f
 @patch(as_prop=True)
 def decoders(self:Annotator):
     shown = self.ui['decoder'].value
@@ -758,7 +750,7 @@ def boxes(self:Annotator):
     table = table_of(self.session.asks, self.volume.shape[1:], self.volume.spacing)
     return table[BOX_COLUMNS].dropna(ignore_index=True)
 
-# %% ../nbs/14_draw.ipynb #546c940b
+# %% ../nbs/14_draw.ipynb #17393402
 @patch
 def refresh(self:Annotator):
     "Send the canvas what it should paint now"
@@ -769,7 +761,7 @@ def refresh(self:Annotator):
         self.canvas.answer = s.answer(z, self.decoders, self.seq)
         self.canvas.status = self.said or (self._note(z) if s.ready(z) else 'preparing this slice …')
 
-# %% ../nbs/14_draw.ipynb #1db7c5e1
+# %% ../nbs/14_draw.ipynb #290d403f
 @patch
 def _note(self:Annotator, z):
     s = self.session
@@ -777,7 +769,7 @@ def _note(self:Annotator, z):
     if prompt is None or prompt.asked(s.grid, s.vol.spacing).keys()=={'boxes'}: return ''
     return click_note(s.sams[self.decoder])
 
-# %% ../nbs/14_draw.ipynb #8e03c5ef
+# %% ../nbs/14_draw.ipynb #afec4e9d
 @patch
 def show(self:Annotator,
     z:int, # slice
@@ -794,7 +786,7 @@ def _on_ready(self:Annotator, z, error):
     if error is not None: self.say(str(error) if isinstance(error, InputError) else f'{type(error).__name__}: {error}')
     if z==self.canvas.z: self.refresh()
 
-# %% ../nbs/14_draw.ipynb #88d37ba3
+# %% ../nbs/14_draw.ipynb #61c7b1ab
 @patch
 def load_case(self:Annotator,
     index:int, # of `cases`
@@ -815,7 +807,7 @@ def load_case(self:Annotator,
         self.say(f'embeddings are made here, not read: {new.note}' if new.note else '')
         self.show(self.canvas.z)
 
-# %% ../nbs/14_draw.ipynb #6ce32c36
+# %% ../nbs/14_draw.ipynb #9c16e962
 @patch
 def _set_controls(self:Annotator, active):
     "Everything on the values of a case that was just opened"
@@ -834,7 +826,7 @@ def _set_controls(self:Annotator, active):
     u['slice'].layout.display = None if s.shape[0]>1 else 'none'
     self._set_objects(active)
 
-# %% ../nbs/14_draw.ipynb #4e417d57
+# %% ../nbs/14_draw.ipynb #8e11e55f
 @patch
 def _set_objects(self:Annotator, active):
     "Tell picker and canvas what there is"
@@ -868,7 +860,7 @@ def _on_gestures(self:Annotator, change):
             self._take_gesture(g)
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #f7011fd4
+# %% ../nbs/14_draw.ipynb #ec527e0d
 @patch
 @_sentence
 def _take_gesture(self:Annotator, g):
@@ -877,7 +869,7 @@ def _take_gesture(self:Annotator, g):
     self.session.busy()
     self.session.set_prompt(g.get('object'), g.get('z'), g.get('prompt'), remember=bool(g.get('done')))
 
-# %% ../nbs/14_draw.ipynb #4609404e
+# %% ../nbs/14_draw.ipynb #1f15d30b
 @patch
 def set_prompt(self:Annotator,
     object:int, # id of the object
@@ -889,7 +881,7 @@ def set_prompt(self:Annotator,
         self.session.set_prompt(object, z, prompt)
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #4a6c7911
+# %% ../nbs/14_draw.ipynb #a7bc0651
 @patch
 def undo(self:Annotator, *_):
     "Take back the last gesture"
@@ -904,7 +896,7 @@ def redo(self:Annotator, *_):
         self.say('' if self.session.redo() else 'nothing to redo')
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #2de3bdc3
+# %% ../nbs/14_draw.ipynb #1b1897e1
 @patch
 @_sentence
 def _clear(self:Annotator, *_): self.set_prompt(self.canvas.active, self.canvas.z, None)
@@ -915,7 +907,7 @@ def _add(self:Annotator, *_):
     with self.lock: self._set_objects(self.session.add_object(self.ui['name'].value))
     self.ui['name'].value = ''
 
-# %% ../nbs/14_draw.ipynb #2f1fabb4
+# %% ../nbs/14_draw.ipynb #d4b887c0
 @patch
 @_sentence
 def carry(self:Annotator)->list: # the slices reached
@@ -934,7 +926,7 @@ def carry(self:Annotator)->list: # the slices reached
     self.refresh()
     return reached
 
-# %% ../nbs/14_draw.ipynb #ad09e1dd
+# %% ../nbs/14_draw.ipynb #62a07f1f
 @patch
 def _carry_beside(self:Annotator):
     self.moving,self.ui['carry'].description = True,'stop'
@@ -947,7 +939,7 @@ def _on_carry(self:Annotator, *_):
     if self.moving: self.stop = True
     else: threading.Thread(target=self._carry_beside, daemon=True, name='medsam_nb carry').start()
 
-# %% ../nbs/14_draw.ipynb #07987249
+# %% ../nbs/14_draw.ipynb #97115a3a
 @patch
 def save(self:Annotator,
     path=None, # of the masks; default what the file field says
@@ -961,7 +953,7 @@ def save(self:Annotator,
     masks = self.session.save_masks(path, self.decoder, overwrite)
     return masks, self.session.save_prompts(prompts, overwrite)
 
-# %% ../nbs/14_draw.ipynb #799b61ed
+# %% ../nbs/14_draw.ipynb #95d7c6d1
 @patch
 @_sentence
 def _on_save(self:Annotator, *_):
@@ -969,7 +961,7 @@ def _on_save(self:Annotator, *_):
     masks,prompts = self.save(overwrite=self.ui['overwrite'].value)
     self.say(f'wrote {masks} and {prompts.name}')
 
-# %% ../nbs/14_draw.ipynb #211c626d
+# %% ../nbs/14_draw.ipynb #f81ebfd9
 @patch
 @_sentence
 def _on_slice(self:Annotator, change):
@@ -979,7 +971,7 @@ def _on_slice(self:Annotator, change):
         self.said,s.prompts = '',s.settled # a drag that was going on is over
         self.show(min(max(change.new, 0), s.shape[0]-1))
 
-# %% ../nbs/14_draw.ipynb #ba69dcf0
+# %% ../nbs/14_draw.ipynb #51354430
 @patch
 @_sentence
 def _on_case(self:Annotator, change):
@@ -995,7 +987,7 @@ def _on_window(self:Annotator, change):
     listed = self.ui['window'].value
     if listed and list(listed)!=change.new: self.ui['window'].value = None
 
-# %% ../nbs/14_draw.ipynb #2ef70320
+# %% ../nbs/14_draw.ipynb #a17f61c8
 @patch
 def _wire(self:Annotator):
     "Connect every control with what it does"
@@ -1015,7 +1007,7 @@ def _wire(self:Annotator):
                    save=self._on_save)
     for name,f in pressed.items(): u[name].on_click(f)
 
-# %% ../nbs/14_draw.ipynb #5eb01f3a
+# %% ../nbs/14_draw.ipynb #85d345df
 def _decoders(model, checkpoint, device):
     "The pretrained model, and the fine-tuned one if there is a checkpoint; the same image encoder is held once"
     sam = load_model(model, None, device) if isinstance(model, str) else model
@@ -1025,7 +1017,7 @@ def _decoders(model, checkpoint, device):
     if tuned.encoder_sha256==sam.encoder_sha256: tuned.image_encoder = sam.image_encoder
     return {'pretrained':sam, 'fine-tuned':tuned}
 
-# %% ../nbs/14_draw.ipynb #2a20ed13
+# %% ../nbs/14_draw.ipynb #c2126bbd
 @patch
 def _take(self:Annotator, saved):
     "Saved prompts, on the case they were drawn on"
@@ -1039,7 +1031,7 @@ def _take(self:Annotator, saved):
     self._set_objects(self.canvas.active)
     self.refresh()
 
-# %% ../nbs/14_draw.ipynb #6ef4de04
+# %% ../nbs/14_draw.ipynb #f9c0a548
 def annotate(
     source=None, # folder, file, DICOM folder, `Volume` or array; None: a phantom
     labels=None, # folder or file of labels, a `Volume` or an array, for true outlines and scores

@@ -371,7 +371,7 @@ def test_a_bad_prompt_is_refused(prompt):
 
 @pytest.mark.parametrize('prompt,asked', [
     (BOX, dict(box=BOX['box'])), (LINE, dict(box=line_to_box(LINE['line'], (64,80)))),
-    (POINTS, dict(points=POINTS['points'], labels=POINTS['labels']))])
+    (POINTS, dict(points=POINTS['points'], point_labels=POINTS['labels']))])
 def test_a_prompt_is_asked_as_it_is_drawn(s, prompt, asked):
     want = Predictor(quick(), quiet=True).set_embedding(s.embedder('pretrained').get(1), s.grid).predict(**asked)
     s.set_prompt(9, 1, prompt)

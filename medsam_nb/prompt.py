@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'BOX_COLUMNS', 'mask_to_box', 'instances', 'check_box', 'perturb_box', 'slack_box', 'sample_points',
-           'next_click', 'longest_diameter', 'short_diameter', 'line_to_box', 'check_points', 'mask_logits', 'Prompt',
-           'as_prompt', 'Box', 'Line', 'Points', 'Ask', 'asks_of', 'table_of', 'read_prompts', 'check_prompts']
+           'next_click', 'longest_diameter', 'short_diameter', 'line_to_box', 'check_points', 'Prompt', 'Box',
+           'as_prompt', 'Line', 'Points', 'mask_logits', 'Outline', 'Ask', 'table_of', 'asks_of', 'read_prompts',
+           'check_prompts']
 
 # %% ../nbs/07_prompt.ipynb #b7b7f3ad
 import json, re
@@ -15,72 +16,81 @@ import numpy as np, pandas as pd
 from scipy import ndimage
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist, squareform
+from skimage.draw import polygon2mask
 from skimage.measure import label
 from .core import InputError
-from .show import _outline, show_box, show_line, show_points
+from .show import mask_sides, show_box, show_line, show_outline, show_points
 from .view import Grid, as_array, resize_label
 
 # %% ../nbs/07_prompt.ipynb #44e62268
 def _as_mask(mask):
-    "`mask` as one 2-D bool array."
+    "`mask` as one 2-D bool array"
     m = np.asarray(mask)
-    if m.ndim!=2: raise InputError(f"The mask has shape {m.shape}: one mask (H,W) is needed, so take one slice or one channel.")
+    if m.ndim!=2: raise InputError(f'the mask has shape {m.shape}: give one mask (H,W), so take one slice or one channel')
     return m if m.dtype==bool else m!=0
 
 def mask_to_box(
-    mask:np.ndarray # (H,W) bool, or zero and non-zero
+    mask:np.ndarray, # (H,W) bool, or zero and non-zero
 )->np.ndarray: # (4,) float32 x0 y0 x1 y1, edges
-    "The tight box of a mask: left and top edge of its first pixels, right and bottom edge of its last."
+    "The tight box of a mask: left and top edge of its first pixels, right and bottom edge of its last"
     m = _as_mask(mask)
-    ys,xs = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-    if not len(ys): raise InputError(f"The mask {m.shape} is empty, so it has no box: leave such slices out first.")
+    ys,xs = np.flatnonzero(m.any(1)),np.flatnonzero(m.any(0))
+    if not len(ys): raise InputError(f'the mask {m.shape} is empty, so it has no box: leave such slices out first')
     return np.array([xs[0], ys[0], xs[-1]+1, ys[-1]+1], np.float32)
 
 # %% ../nbs/07_prompt.ipynb #3c3f9c60
 def instances(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
-    min_pixels:int=1 # smaller pieces are left out
+    min_pixels:int=1, # smaller pieces are left out
 )->list: # of (H,W) bool, largest first
-    "The separate pieces of a mask."
+    "The separate pieces of a mask"
     pieces = label(_as_mask(mask), connectivity=2)
     n = np.bincount(pieces.ravel())[1:]
-    return [pieces==i+1 for i in np.argsort(-n, kind='stable') if n[i]>=min_pixels]
+    order = np.argsort(-n, kind='stable')
+    return [pieces==i+1 for i in order if n[i]>=min_pixels]
 
 # %% ../nbs/07_prompt.ipynb #27561eac
+def _four_numbers(box)->np.ndarray:
+    "A box as four float64, whatever they say; `InputError` for anything else"
+    try: b = as_array(box).astype(np.float64)
+    except (TypeError, ValueError): b = np.empty(0)
+    if b.shape!=(4,): raise InputError(f'the box is {box!r}: give four numbers x0 y0 x1 y1')
+    return b
+
 def check_box(
     box, # (4,) x0 y0 x1 y1, image pixels
-    shape:tuple # (H,W) of the image
+    shape:tuple, # (H,W) of the image
 )->np.ndarray: # (4,) float32, clipped to the image
-    "The box as float32 inside the image; `InputError` for a box that cannot be meant."
-    try: b = as_array(box).astype(np.float64)
-    except (TypeError,ValueError): b = np.empty(0)
-    if b.shape!=(4,): raise InputError(f"The box is {box!r}: four numbers x0 y0 x1 y1 are needed.")
-    t = '({:g}, {:g}, {:g}, {:g})'.format(*b)
-    if not np.isfinite(b).all(): raise InputError(f"The box {t} has a value that is not finite.")
-    if b[0]>b[2] or b[1]>b[3]: raise InputError(f"The box {t} is inverted: x0 must be left of x1 and y0 above y1.")
-    if b[0]==b[2] or b[1]==b[3]: raise InputError(f"The box {t} has no area: draw it wider, or use a point.")
+    "The box as float32 inside the image; `InputError` for a box that cannot be meant"
+    b = _four_numbers(box)
+    x0,y0,x1,y1 = b
+    said = f'the box ({x0:g}, {y0:g}, {x1:g}, {y1:g})'
+    if not np.isfinite(b).all(): raise InputError(f'{said} has a value that is not finite')
+    if x0>x1 or y0>y1: raise InputError(f'{said} is inverted: x0 must be left of x1 and y0 above y1')
+    if x0==x1 or y0==y1: raise InputError(f'{said} has no area: draw it wider, or use a point')
     H,W = shape[:2]
     c = b.clip(0, [W,H,W,H]).astype(np.float32)
-    if c[0]>=c[2] or c[1]>=c[3]: raise InputError(f"The box {t} covers nothing of the image (width {W}, height {H}): is it in the pixels of another grid?")
-    return c
+    if c[0]<c[2] and c[1]<c[3]: return c
+    raise InputError(f'{said} covers nothing of the image (width {W}, height {H}): is it in the pixels of another grid?')
 
 # %% ../nbs/07_prompt.ipynb #30ad059d
 def _move_sides(box, shape, out):
-    "Each side of `box` moved by `out` (4,) pixels, outward positive; a pixel of width always remains."
+    "Each side of `box` moved by `out` (4,) pixels, outward positive; a pixel of width always remains"
     b = check_box(box, shape).astype(np.float64)
     size = b[2:]-b[:2]
-    limit = np.tile((size-np.minimum(size,1))/2, 2)
-    return check_box(b + np.array([-1,-1,1,1])*np.maximum(out,-limit), shape)
+    limit = np.tile((size-np.minimum(size, 1))/2, 2)
+    outward = np.array([-1,-1,1,1])
+    return check_box(b+outward*np.maximum(out, -limit), shape)
 
 def perturb_box(
     box, # (4,) x0 y0 x1 y1, pixels
     shape:tuple, # (H,W) of the image
     rng:np.random.Generator, # source of randomness
     max_px:float=20, # how far a side may move, in the pixels of `box`
-    shrink:bool=False # may sides move inward as well?
+    shrink:bool=False, # may sides move inward as well?
 )->np.ndarray: # (4,) float32, inside the image
-    "Each side moved by its own random amount: 0 to `max_px` outward, with `shrink` as far inward too."
-    if not 0<=max_px<np.inf: raise InputError(f"max_px is {max_px}: give a distance of 0 or more pixels.")
+    "Each side moved by its own random amount: 0 to `max_px` outward, with `shrink` as far inward too"
+    if not 0<=max_px<np.inf: raise InputError(f'max_px is {max_px}: give a distance of 0 or more pixels')
     return _move_sides(box, shape, rng.uniform(-max_px if shrink else 0, max_px, 4))
 
 # %% ../nbs/07_prompt.ipynb #6ec5e289
@@ -88,28 +98,33 @@ def slack_box(
     box, # (4,) x0 y0 x1 y1, pixels
     shape:tuple, # (H,W) of the image
     slack:float, # how far a side moves at most, pixels; below 0 inward
-    rng:np.random.Generator # source of randomness
+    rng:np.random.Generator, # source of randomness
 )->np.ndarray: # (4,) float32, inside the image
-    "Each side moved by 0 to |`slack`| pixels, all outward or all inward."
-    if not np.isfinite(slack): raise InputError(f"slack is {slack}: give a finite number of pixels.")
+    "Each side moved by 0 to |`slack`| pixels, all outward or all inward"
+    if not np.isfinite(slack): raise InputError(f'slack is {slack}: give a finite number of pixels')
     return _move_sides(box, shape, np.sign(slack)*rng.uniform(0, abs(slack), 4))
 
 # %% ../nbs/07_prompt.ipynb #b8248830
 def _deep_pixels(m, n, rng, where):
-    "`n` different pixels (n,2) row column of `m`, drawn from its deeper half."
-    if n>m.sum(): raise InputError(f"{n} points were asked for {where} the mask, where there are {m.sum()} pixels: ask for fewer.")
+    "`n` different pixels (n,2) row column of `m`, drawn from its deeper half"
+    if n>m.sum(): raise InputError(f'{n} points were asked for {where} the mask, where there are {m.sum()} pixels: ask for fewer')
     if not n: return np.empty((0,2))
-    depth = ndimage.distance_transform_edt(np.pad(m,1))[1:-1,1:-1][m]
+    depth = _depth(m)[m]
     k = max(n, int((depth>=depth.max()/2).sum()))
-    return np.argwhere(m)[rng.choice(np.argsort(-depth, kind='stable')[:k], n, replace=False)]
+    deepest = np.argsort(-depth, kind='stable')[:k]
+    return np.argwhere(m)[rng.choice(deepest, n, replace=False)]
+
+def _depth(m):
+    "How far each pixel of a mask is from its edge; outside the image is outside the mask"
+    return ndimage.distance_transform_edt(np.pad(m, 1))[1:-1,1:-1]
 
 def sample_points(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     n:int, # how many points inside
     rng:np.random.Generator, # source of randomness
-    background:int=0 # how many points outside, at most 20 pixels away
-)->tuple: # points (n+background,2) float32 x y, labels (n+background,) int64: 1 inside, 0 outside
-    "Random pixel centres well inside a mask, and some outside it."
+    background:int=0, # how many points outside, at most 20 pixels away
+)->tuple: # points (n+background,2) float32 x y, and labels (n+background,) int64: 1 inside, 0 outside
+    "Random pixel centres well inside a mask, and some outside it"
     m = _as_mask(mask)
     near = ndimage.binary_dilation(m, iterations=20)&~m if background else m
     pts = np.concatenate([_deep_pixels(m, n, rng, 'inside'), _deep_pixels(near, background, rng, 'near')])
@@ -117,7 +132,7 @@ def sample_points(
 
 # %% ../nbs/07_prompt.ipynb #f59af20f
 def _largest(m):
-    "The largest piece of a mask, and its pixels."
+    "The largest piece of a mask, and its pixels"
     pieces = label(m, connectivity=2)
     n = np.bincount(pieces.ravel())[1:]
     return (pieces==n.argmax()+1, n.max()) if len(n) else (m, 0)
@@ -125,70 +140,84 @@ def _largest(m):
 def next_click(
     pred:np.ndarray, # (H,W) bool, the mask so far; nothing but False before the first click
     truth:np.ndarray, # (H,W) bool, or zero and non-zero
-    clicks=() # (P,2) x y of the clicks so far; nobody clicks in one place again and again
-)->tuple: # point (2,) float32 x y and its label, 1 missing or 0 too much; None where the mask is right
-    "The click that corrects the largest error (of two that are as large, what is missing): in that piece, farthest from its edge and from earlier clicks."
-    p,t = _as_mask(pred), _as_mask(truth)
-    if p.shape!=t.shape: raise InputError(f"The mask has shape {p.shape} and the truth {t.shape}: bring them to one grid first.")
-    (missing,n),(extra,m) = _largest(t&~p), _largest(p&~t)
+    clicks=(), # (P,2) x y of the clicks so far; nobody clicks in one place again and again
+)->tuple: # point (2,) float32 x y, and its label, 1 missing or 0 too much; None where the mask is right
+    "The click that corrects the largest error, in its middle and away from earlier clicks"
+    p,t = _as_mask(pred),_as_mask(truth)
+    if p.shape!=t.shape: raise InputError(f'the mask has shape {p.shape} and the truth {t.shape}: bring them to one grid first')
+    missing,n = _largest(t&~p)
+    extra,m = _largest(p&~t)
     if not n and not m: return None
-    piece,kind = (missing,1) if n>=m else (extra,0)
+    piece,sign = (missing,1) if n>=m else (extra,0)
     free = piece.copy()
     for x,y in clicks: free[min(int(y), len(t)-1), min(int(x), t.shape[1]-1)] = False
-    depth = ndimage.distance_transform_edt(np.pad(free if free.any() else piece, 1))[1:-1,1:-1]
+    depth = _depth(free if free.any() else piece)
     y,x = np.unravel_index(depth.argmax(), depth.shape)
-    return np.float32([x+.5,y+.5]), kind
+    return np.float32([x+.5,y+.5]), sign
 
 # %% ../nbs/07_prompt.ipynb #26cd70c7
 def _check_mm(spacing):
-    "Row and column spacing (2,) in mm, or an `InputError`."
+    "Row and column spacing (2,) in mm, or an `InputError`"
     mm = np.asarray(spacing, float).ravel()[-2:]
-    if mm.shape!=(2,) or not (np.isfinite(mm)&(mm>0)).all(): raise InputError(f"spacing is {spacing}: give a positive row and column spacing in mm.")
-    return mm
+    if mm.shape==(2,) and (np.isfinite(mm)&(mm>0)).all(): return mm
+    raise InputError(f'spacing is {spacing}: give a positive row and column spacing in mm')
 
-def _check_line(line):
-    "The two ends (2,) and (2,) of a line, or an `InputError`."
-    try: p,q = np.asarray(line, float).reshape(2,2)
-    except (TypeError,ValueError): raise InputError(f"The line is {line!r}: four numbers x0 y0 x1 y1 are needed.") from None
-    if not 0<np.linalg.norm(q-p)<np.inf: raise InputError(f"The line {line!r} has no length: give its two end points.")
-    return p,q
+def _left_first(ends)->np.ndarray:
+    "Two ends (2,2) as a line (4,) float32, the left (then upper) one first"
+    return ends[np.lexsort(ends.T[::-1])].ravel().astype(np.float32)
 
 def longest_diameter(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
-    spacing=(1,1) # mm; the last two values are row and column spacing
+    spacing=(1,1), # mm; the last two values are row and column spacing
 )->tuple: # line (4,) float32 x0 y0 x1 y1 in pixels, length float in mm
-    "The longest straight line across a mask, as measured for RECIST."
-    m,mm = _as_mask(mask), _check_mm(spacing)
+    "The longest straight line across a mask, as measured for RECIST"
+    m,mm = _as_mask(mask),_check_mm(spacing)
     rows = np.flatnonzero(m.any(1))
-    if not len(rows): raise InputError(f"The mask {m.shape} is empty, so it has no diameter.")
-    first,last = m[rows].argmax(1), m.shape[1]-m[rows][:,::-1].argmax(1)
-    pts = np.array([(x,y+d) for y,a,b in zip(rows,first,last) for x in (a,b) for d in (0,1)], float)
+    if not len(rows): raise InputError(f'the mask {m.shape} is empty, so it has no diameter')
+    first,last = m[rows].argmax(1),m.shape[1]-m[rows][:,::-1].argmax(1)
+    corners = [(x,y+d) for y,a,b in zip(rows, first, last) for x in (a,b) for d in (0,1)]
+    pts = np.array(corners, float)
     hull = pts[ConvexHull(pts).vertices]
     d = squareform(pdist(hull*mm[::-1]))
-    ends = hull[list(np.unravel_index(d.argmax(), d.shape))]
-    return ends[np.lexsort(ends.T[::-1])].ravel().astype(np.float32), float(d.max())
+    return _left_first(hull[list(np.unravel_index(d.argmax(), d.shape))]), float(d.max())
 
 # %% ../nbs/07_prompt.ipynb #48ff236f
+def _check_line(line):
+    "The two ends (2,) and (2,) of a line, or an `InputError`"
+    try: p,q = np.asarray(line, float).reshape(2,2)
+    except (TypeError, ValueError): raise InputError(f'the line is {line!r}: give four numbers x0 y0 x1 y1') from None
+    if not 0<np.linalg.norm(q-p)<np.inf: raise InputError(f'the line {line!r} has no length: give its two end points')
+    return p, q
+
+def _width_at(t, sides):
+    "Lowest and highest place, across the long line, of a mask's sides at the place `t` along it"
+    t0,t1,v0,v1 = sides
+    on = (np.minimum(t0, t1)<t+1e-9)&(np.maximum(t0, t1)>t-1e-9)
+    part = ((t-t0[on])/(t1[on]-t0[on])).clip(0, 1)
+    v = v0[on]+part*(v1[on]-v0[on])
+    return v.min(), v.max()
+
 def short_diameter(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     line, # (4,) x0 y0 x1 y1, the longest diameter, pixels
-    spacing=(1,1) # mm; the last two values are row and column spacing
+    spacing=(1,1), # mm; the last two values are row and column spacing
 )->tuple: # line (4,) float32 x0 y0 x1 y1 in pixels, length float in mm
-    "The longest line across a mask at a right angle (in mm) to its longest diameter: RECIST's short axis."
-    m,mm = _as_mask(mask), _check_mm(spacing)[::-1]
-    if not m.any(): raise InputError(f"The mask {m.shape} is empty, so it has no diameter.")
+    "The longest line across a mask at a right angle (in mm) to its longest diameter: RECIST's short axis"
+    m,mm = _as_mask(mask),_check_mm(spacing)[::-1]
+    if not m.any(): raise InputError(f'the mask {m.shape} is empty, so it has no diameter')
     p,q = _check_line(line)
     u = (q-p)*mm/np.linalg.norm((q-p)*mm)
     axes = np.array([u, [-u[1],u[0]]])
-    (t0,t1),(v0,v1) = ((_outline(m)+.5)*mm@axes.T).transpose(2,1,0)   # each side's ends: mm along the long line, mm across it
-    t0,t1,v0,v1 = (o[abs(t1-t0)>1e-9] for o in (t0,t1,v0,v1))  # a side that runs across ends where others begin
-    def across(t):
-        on = (np.minimum(t0,t1)<t+1e-9)&(np.maximum(t0,t1)>t-1e-9)
-        v = v0[on]+((t-t0[on])/(t1[on]-t0[on])).clip(0,1)*(v1[on]-v0[on])
-        return t,v.min(),v.max()
-    t,lo,hi = max((across(t) for t in np.unique(t0.round(9))), key=lambda o: round(o[2]-o[1],6))
-    ends = np.array([[t,lo],[t,hi]])@axes/mm
-    return ends[np.lexsort(ends.T[::-1])].ravel().astype(np.float32), float(hi-lo)
+    ends = (mask_sides(m)+.5)*mm@axes.T # (n,2,2): n sides, two ends, mm along the long line and across it
+    (t0,t1),(v0,v1) = ends.transpose(2,1,0)
+    along = abs(t1-t0)>1e-9 # a side that runs across ends where others begin
+    sides = [o[along] for o in (t0,t1,v0,v1)]
+    places = np.unique(sides[0].round(9))
+    widths = [_width_at(t, sides) for t in places]
+    i = int(np.argmax([round(hi-lo, 6) for lo,hi in widths]))
+    lo,hi = widths[i]
+    t = places[i]
+    return _left_first(np.array([[t,lo],[t,hi]])@axes/mm), float(hi-lo)
 
 # %% ../nbs/07_prompt.ipynb #2161d383
 def line_to_box(
@@ -197,26 +226,36 @@ def line_to_box(
     margin:float=None, # added on every side, as a fraction of the line's length; None: .05, with `short` .02
     ratio:float=.7, # the lesion's width across the line, as a fraction of its length
     short=None, # (4,) the short diameter, image pixels; it says what `ratio` guesses
-    spacing=(1,1) # mm; the last two values are row and column spacing
+    spacing=(1,1), # mm; the last two values are row and column spacing
 )->np.ndarray: # (4,) float32 x0 y0 x1 y1, clipped to the image
-    "The box of an ellipse that has the line as its long axis, in millimetres; with `short` it holds both lines."
+    "The box of an ellipse that has the line as its long axis, in millimetres; with `short` it holds both lines"
     if margin is None: margin = .05 if short is None else .02
-    if not (margin>=0 and ratio>0): raise InputError(f"margin is {margin} and ratio {ratio}: the margin is 0 or more, the ratio above 0.")
+    if not (margin>=0 and ratio>0):
+        raise InputError(f'margin is {margin} and ratio {ratio}: the margin is 0 or more, the ratio above 0')
     mm = _check_mm(spacing)[::-1]
     ends = np.stack(_check_line(line))*mm
     across = ends[:0] if short is None else np.stack(_check_line(short))*mm
     length = np.linalg.norm(ends[1]-ends[0])
     if short is not None: ratio = np.linalg.norm(across[1]-across[0])/length
-    along = (ends[1]-ends[0])/2
-    half,mid = np.hypot(along, ratio*along[::-1]), ends.mean(0)
+    along,mid = (ends[1]-ends[0])/2,ends.mean(0)
+    half = np.hypot(along, ratio*along[::-1])
     pts = np.concatenate([ends, across, [mid-half,mid+half]])
-    return check_box(np.concatenate([(pts.min(0)-margin*length)/mm, (pts.max(0)+margin*length)/mm]), shape)
+    lo,hi = pts.min(0)-margin*length,pts.max(0)+margin*length
+    return check_box(np.concatenate([lo/mm, hi/mm]), shape)
 
 # %% ../nbs/07_prompt.ipynb #612257d8
 def _as_floats(a, what:str, need:str)->np.ndarray:
     "A float32 array; `InputError` for what cannot be read as numbers"
     try: return as_array(a).astype(np.float32)
     except (TypeError, ValueError): raise InputError(f'{what} cannot be read as numbers: {a!r}; give {need}') from None
+
+def _check_signs(point_labels, shape:tuple)->np.ndarray:
+    "Labels (B,P) int64 for points of the same shape; None: all 1"
+    if point_labels is None: return np.ones(shape, np.int64)
+    l = np.atleast_2d(_as_floats(point_labels, 'point_labels', 'one 0 (background) or 1 (foreground) per point'))
+    if l.shape==shape and np.isin(l, (0,1)).all(): return l.astype(np.int64)
+    raise InputError('point_labels have to be one 0 (background) or 1 (foreground) per point: '
+                     f'found {l.tolist()} for {shape[1]} points')
 
 def check_points(
     points, # (P,2) or (B,P,2) x y, image pixels
@@ -226,26 +265,13 @@ def check_points(
     "Clicks that can be meant; `InputError` for one outside the image or without a label"
     p = _as_floats(points, 'points', '(P,2) or (B,P,2) x y')
     if p.ndim==2: p = p[None]
-    if p.ndim!=3 or p.shape[-1]!=2 or 0 in p.shape: raise InputError(f'points have shape {p.shape}: give (P,2) or (B,P,2) x y')
+    if p.ndim!=3 or p.shape[-1]!=2 or 0 in p.shape:
+        raise InputError(f'points have shape {p.shape}: give (P,2) or (B,P,2) x y')
     H,W = shape
     if not ((p>=0)&(p<=(W,H))).all():
-        raise InputError(f'a point lies outside the image of {W} x {H} pixels, or is not a number: {p.reshape(-1,2).tolist()[:4]}')
-    if point_labels is None: return p, np.ones(p.shape[:2], np.int64)
-    l = np.atleast_2d(_as_floats(point_labels, 'point_labels', 'one 0 (background) or 1 (foreground) per point'))
-    if l.shape==p.shape[:2] and np.isin(l, (0,1)).all(): return p, l.astype(np.int64)
-    raise InputError(f'point_labels have to be one 0 (background) or 1 (foreground) per point: '
-                     f'found {l.tolist()} for {p.shape[1]} points')
-
-# %% ../nbs/07_prompt.ipynb #a4c5c1e5
-def mask_logits(
-    mask:np.ndarray, # (H,W) bool, or zero and non-zero, image pixels
-    grid:Grid, # how the image lies on the model's square
-)->np.ndarray: # (1,256,256) float32: 8 inside, -8 outside
-    "A mask of the image as the logits that SAM's prompt encoder takes"
-    m = _as_mask(mask)
-    if m.shape!=grid.shape: raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give a mask of the image')
-    inside = resize_label(grid.turn(m), 256, grid.fit)
-    return np.where(inside, 8, -8).astype(np.float32)[None]
+        some = p.reshape(-1, 2).tolist()[:4]
+        raise InputError(f'a point lies outside the image of {W} x {H} pixels, or is not a number: {some}')
+    return p, _check_signs(point_labels, p.shape[:2])
 
 # %% ../nbs/07_prompt.ipynb #d98eb208
 KINDS = {} # kind of prompt -> its class
@@ -295,18 +321,6 @@ class Prompt:
         raise InputError(f'kind is {cls.kind!r}, and there is no {cls.kind!r}: its coordinates go there, in JSON')
 
 # %% ../nbs/07_prompt.ipynb #e66204b7
-def as_prompt(
-    p, # a `Prompt`, or a dict as `to_dict` gives it
-    shape:tuple=None, # (H,W) of the slice it is for; None: it is not checked
-)->Prompt:
-    "A prompt of any kind; `InputError` for a kind that is not known"
-    if not isinstance(p, Prompt):
-        kind = p.get('kind') if isinstance(p, dict) else None
-        if not isinstance(kind, str) or kind not in KINDS:
-            raise InputError(f"a prompt is {p!r}: its kind has to be {' or '.join(map(repr, KINDS))}")
-        p = KINDS[kind].of(p)
-    return p if shape is None else p.checked(shape)
-
 @dataclass(frozen=True)
 class Box(Prompt):
     "A box round the object"
@@ -321,6 +335,18 @@ class Box(Prompt):
 
     @classmethod
     def of_row(cls, row, number): return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
+
+def as_prompt(
+    p, # a `Prompt`, or a dict as `to_dict` gives it
+    shape:tuple=None, # (H,W) of the slice it is for; None: it is not checked
+)->Prompt:
+    "A prompt of any kind; `InputError` for a kind that is not known"
+    if not isinstance(p, Prompt):
+        kind = p.get('kind') if isinstance(p, dict) else None
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise InputError(f"a prompt is {p!r}: its kind has to be {' or '.join(map(repr, KINDS))}")
+        p = KINDS[kind].of(p)
+    return p if shape is None else p.checked(shape)
 
 # %% ../nbs/07_prompt.ipynb #a793ac12
 @dataclass(frozen=True)
@@ -340,6 +366,7 @@ class Line(Prompt):
     @classmethod
     def of_row(cls, row, number): return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
 
+# %% ../nbs/07_prompt.ipynb #75e853c2
 @dataclass(frozen=True)
 class Points(Prompt):
     "Clicks inside and outside the object"
@@ -347,7 +374,8 @@ class Points(Prompt):
     point_labels:tuple # (P,) 1 inside, 0 outside
 
     kind = 'points'
-    tools = (('foreground', '+ point', 'Click inside the object'), ('background', '− point', 'Click outside the object'))
+    tools = (('foreground', '+ point', 'Click inside the object'),
+             ('background', '− point', 'Click outside the object'))
 
     def checked(self, shape):
         if self.point_labels is None:
@@ -365,6 +393,45 @@ class Points(Prompt):
     @classmethod
     def of(cls, d): return cls(d.get('points'), d.get('labels'), carried=bool(d.get('carried')))
 
+# %% ../nbs/07_prompt.ipynb #505bdb6b
+def mask_logits(
+    mask:np.ndarray, # (H,W) bool, image pixels
+    grid:Grid, # how the image lies on the model's square
+)->np.ndarray: # (1,256,256) float32, 8 inside and -8 outside
+    "A mask of the image as the prompt encoder takes it"
+    m = _as_mask(mask)
+    if m.shape!=grid.shape: raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give a mask of the image')
+    small = resize_label(grid.turn(m).astype(np.uint8), 256, grid.fit)
+    return np.where(small>0, 8, -8).astype(np.float32)[None]
+
+# %% ../nbs/07_prompt.ipynb #b6cad8cf
+@dataclass(frozen=True)
+class Outline(Prompt):
+    "A freehand line round the object, closed from its last point to its first"
+    outline:tuple # (N,2) x y, at least three points
+
+    kind = 'outline'
+    tools = (('outline', 'outline', 'Draw round the object with a free hand'),)
+
+    def checked(self, shape):
+        try: p = np.asarray(self.outline, float)
+        except (TypeError, ValueError): p = np.empty(0)
+        if p.ndim!=2 or p.shape[1]!=2 or len(p)<3 or not np.isfinite(p).all():
+            raise InputError(f'the outline is {self.outline!r}: give at least three points (N,2) x y')
+        p = p.clip(0, shape[:2][::-1])
+        inside = replace(self, outline=tuple(map(tuple, p.tolist())))
+        if inside.mask(shape).any(): return inside
+        raise InputError(f'the outline holds no pixel of the image (width {shape[1]}, height {shape[0]}): draw it wider')
+    def mask(self, shape:tuple)->np.ndarray:
+        "(H,W) bool: the pixels whose centres lie inside"
+        return polygon2mask(shape[:2], np.array(self.outline)[:,::-1]-.5)
+    def around(self, shape, spacing=(1,1)):
+        p = np.array(self.outline)
+        return check_box(np.concatenate([p.min(0), p.max(0)]), shape)
+    def asked(self, grid, spacing=(1,1)):
+        return super().asked(grid, spacing)|dict(masks=mask_logits(self.mask(grid.shape), grid)[None])
+    def show(self, ax=None): return show_outline(self.outline, ax)
+
 # %% ../nbs/07_prompt.ipynb #55b680db
 BOX_COLUMNS = ['z','label','x0','y0','x1','y1'] # of a table of boxes
 
@@ -379,26 +446,7 @@ class Ask:
     @property
     def said(self)->str: return self.origin or self.prompt.kind
 
-def _check_columns(table):
-    "The numbers of a table of boxes; `InputError` that names the first row that cannot be meant"
-    miss = [c for c in BOX_COLUMNS if c not in table]
-    if miss: raise InputError(f"the boxes lack the columns {miss}: they have {list(table)}, needed are {', '.join(BOX_COLUMNS)}")
-    if not len(table): raise InputError('the table of boxes is empty: there is nothing to segment')
-    n = table[BOX_COLUMNS].apply(pd.to_numeric, errors='coerce')
-    whole = (n[['z','label']]%1==0).all(axis=1)&n.label.between(1, 65535)
-    bad = ~whole|n.isna().any(axis=1)
-    if not bad.any(): return n
-    raise InputError(f'{bad.sum()} boxes cannot be used, the first is {table[bad][BOX_COLUMNS].iloc[0].to_dict()}: '
-                     'z and label are whole numbers (label 1 to 65535), x0 y0 x1 y1 are pixels')
-
-def asks_of(
-    table, # rows z, label, x0, y0, x1, y1 (pixels of the slices), perhaps prompt (how it came about); or a list of `Ask`
-)->list: # of `Ask`
-    "A table of boxes as a list of `Ask`; such a list stays as it is"
-    if not isinstance(table, pd.DataFrame): return list(table)
-    n,origins = _check_columns(table),table.get('prompt', pd.Series('', table.index))
-    return [Ask(int(z), int(label), Box(tuple(four)), str(o)) for (z,label,*four),o in zip(n.to_numpy(float), origins)]
-
+# %% ../nbs/07_prompt.ipynb #0721fb47
 def table_of(
     asks:list, # of `Ask`
     shape:tuple, # (H,W) of a slice
@@ -409,6 +457,29 @@ def table_of(
         box = a.prompt.around(shape, spacing)
         return a.z, a.label, *([np.nan]*4 if box is None else map(float, box)), a.said
     return pd.DataFrame([row(a) for a in asks], columns=[*BOX_COLUMNS,'prompt'])
+
+# %% ../nbs/07_prompt.ipynb #b481baa6
+def _check_columns(table):
+    "The numbers of a table of boxes; `InputError` that names the first row that cannot be meant"
+    miss = [c for c in BOX_COLUMNS if c not in table]
+    if miss: raise InputError(f"the boxes lack the columns {miss}: needed are {', '.join(BOX_COLUMNS)}, there are {list(table)}")
+    if not len(table): raise InputError('the table of boxes is empty: there is nothing to segment')
+    n = table[BOX_COLUMNS].apply(pd.to_numeric, errors='coerce')
+    whole = (n[['z','label']]%1==0).all(axis=1)&n.label.between(1, 65535)
+    bad = ~whole|n.isna().any(axis=1)
+    if not bad.any(): return n
+    first = table[bad][BOX_COLUMNS].iloc[0].to_dict()
+    raise InputError(f'{bad.sum()} boxes cannot be used, the first is {first}: '
+                     'z and label are whole numbers (label 1 to 65535), x0 y0 x1 y1 are pixels')
+
+def asks_of(
+    table, # rows z, label, x0, y0, x1, y1 (pixels), perhaps prompt (how it came about); or a list of `Ask`
+)->list: # of `Ask`
+    "A table of boxes as a list of `Ask`; such a list stays as it is"
+    if not isinstance(table, pd.DataFrame): return list(table)
+    rows = _check_columns(table).to_numpy(float)
+    origins = table.get('prompt', pd.Series('', table.index))
+    return [Ask(int(z), int(label), Box(tuple(four)), str(o)) for (z,label,*four),o in zip(rows, origins)]
 
 # %% ../nbs/07_prompt.ipynb #5a3bdb6e
 def read_prompts(
@@ -421,6 +492,7 @@ def read_prompts(
     if isinstance(data, dict) and data.get('format')=='medsam_nb prompts': return data
     raise InputError('these are not prompts of medsam_nb: the field format is missing or another')
 
+# %% ../nbs/07_prompt.ipynb #4f00836e
 def _check_objects(data:dict)->tuple:
     "The objects, and the prompts as (object, slice, dict)"
     try:

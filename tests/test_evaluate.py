@@ -270,4 +270,4 @@ def test_command(world, ev, capsys):
     out = capsys.readouterr().out
     assert 'oracle boxes' in out and 'held-out' in out and all(c.case in out for c in held_out(npz))
     with pytest.raises(InputError, match="slacks '0,x'"): medsam_evaluate(str(npz), store.path, str(run), slacks='0,x', device='cpu')
-    with pytest.raises(InputError, match="label_id 'liver'"): medsam_evaluate(str(npz), store.path, str(run), labels='liver', device='cpu')
+    with pytest.raises(InputError, match="label_ids 'liver'"): medsam_evaluate(str(npz), store.path, str(run), labels='liver', device='cpu')

@@ -26,7 +26,7 @@ def drawing(n):
             nb.python('z = app.canvas.z\nfor k in range(z-3, z+4): app.session.embedder("pretrained").get(k)')
             z = nb.ask('app.canvas.z')
             page.wait_for_function("() => !document.querySelector('.medsam-draw').medsam.model.get('status').startsWith('preparing')")
-            at = lambda x, y: page.evaluate("([x,y]) => { const d = document.querySelector('.medsam-draw').medsam, r = d.canvas.getBoundingClientRect(), [ox,oy] = d.origin; return [r.left+ox+x*d.scale, r.top+oy+y*d.scale*d.aspect] }", [x,y])
+            at = lambda x, y: page.evaluate("([x,y]) => { const d = document.querySelector('.medsam-draw').medsam, r = d.view.canvas.getBoundingClientRect(), [ox,oy] = d.view.origin; return [r.left+ox+x*d.view.scale, r.top+oy+y*d.view.scale*d.view.aspect] }", [x,y])
             count = lambda name: page.evaluate("n => performance.getEntriesByName(n).length", name)
             def settled(name, k): page.wait_for_function("([n, k]) => performance.getEntriesByName(n).length >= k", arg=[name, k], timeout=30_000); page.wait_for_timeout(150)
             for k in range(n+3):

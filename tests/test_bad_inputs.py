@@ -94,7 +94,7 @@ fault('a store that is a file', 'medsam_embed npz/CT_Abd --store boxes.csv', 'bo
 fault('a store in a folder of other things', 'medsam_embed npz/CT_Abd --store raw', 'raw is a folder of other things')
 fault('a store of other data', 'medsam_embed npz2/CT_Abd --store s.zarr', 'source|differ|another', lambda d: (image(scan(seed=9, shape=(2,64,80))[0])(d), curate(d/'raw/images', d/'raw/labels', d/'npz2', progress=False)))
 # fine-tuning
-for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size', '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label', '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
+for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size', '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--label_ids 3':'label', '--label_ids x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
                       '--model vit_b':'vit_b|model', '--epoch_samples 0':'epoch_samples'}.items():
     fault(f'finetune {option}', f'{TUNE} {option}', words)
 fault('fine-tune on nothing', 'medsam_finetune nowhere', 'nowhere')
@@ -103,7 +103,7 @@ fault('fine-tune into a folder of other things', 'medsam_finetune npz/CT_Abd --s
 fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --store s.zarr --run runs/run --lr 1', 'lr')
 fault('one training patient', TUNE, 'two', lambda d: [f.unlink() for f in sorted((d/'npz/CT_Abd/train').glob('*.npz'))[1:]])
 # evaluation
-for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance', '--device tpu':'tpu'}.items(): fault(f'evaluate {option}', f'{SCORE} {option}', words)
+for option, words in {'--slacks wide':'wide', '--label_ids 3':'3', '--part both':'both', '--tolerance -1':'tolerance', '--device tpu':'tpu'}.items(): fault(f'evaluate {option}', f'{SCORE} {option}', words)
 fault('evaluate no run', 'medsam_evaluate npz/CT_Abd --store s.zarr --run never', 'never')
 fault('evaluate without a checkpoint', SCORE, 'best.pth', gone('runs/run/best.pth'))
 fault('evaluate a damaged configuration', SCORE, 'config.json', text('runs/run/config.json', '{'))

@@ -158,8 +158,8 @@ def test_btcv_pretrained_on_all_organs(btcv, lite):
 def test_btcv_gallbladder(btcv):
     "Tuned on gallbladder alone (nine slices): better with loose boxes; the whole curve is printed"
     folder, store, tmp = btcv
-    run = finetune(folder, store, tmp/'gallbladder', device='cpu', labels=(4,), epochs=20, lr=5e-5)
-    ev = evaluate(folder, store, tmp/'gallbladder', labels=(4,), device='cpu')
+    run = finetune(folder, store, tmp/'gallbladder', device='cpu', label_ids=(4,), epochs=20, lr=5e-5)
+    ev = evaluate(folder, store, tmp/'gallbladder', label_ids=(4,), device='cpu')
     t = masks_curve(ev)
     say(f'btcv2d gallbladder, {run}\nheld-out DSC against box slack, mean over {len(ev.scores)//12} masks:\n{t.round(3).to_string()}')
     assert len(t) == 6 and t['fine-tuned'][20] > t['pretrained'][20]

@@ -47,7 +47,7 @@ class Prediction:
         warnings.warn('Prediction: labels is called point_labels now', FutureWarning, stacklevel=2)
         return self.point_labels
 
-# %% ../nbs/10_predict.ipynb #fcb0f72e
+# %% ../nbs/10_predict.ipynb #06be8599
 @patch
 def best(self:Prediction)->Prediction: # one mask for each prompt
     "Of three masks for each prompt the one with the highest predicted IoU"
@@ -55,7 +55,7 @@ def best(self:Prediction)->Prediction: # one mask for each prompt
     at = np.arange(len(self)),self.iou.argmax(1)
     return replace(self, masks=self.masks[at], iou=self.iou[at], logits=self.logits[at])
 
-# %% ../nbs/10_predict.ipynb #f676bac5
+# %% ../nbs/10_predict.ipynb #335d25ed
 @patch
 def _draw(self:Prediction, i, ax):
     "What prompt `i` was, into the axes"
@@ -116,7 +116,7 @@ def _check_image(im):
     raise InputError(f'the image is {im.dtype} of shape {im.shape}: give (H,W) or (H,W,3) with values 0 to 255; '
                      'intensities of a scan go through view.normalize first')
 
-# %% ../nbs/10_predict.ipynb #91b20210
+# %% ../nbs/10_predict.ipynb #c7f218fe
 @patch
 def set_image(
     self:Predictor,
@@ -138,7 +138,7 @@ def _set(self:Predictor, x, grid, shown):
     embedding = encode(self.sam, x[None], grid.content, self.precision)
     return self.set_embedding(embedding[0], grid, shown)
 
-# %% ../nbs/10_predict.ipynb #e1404e8a
+# %% ../nbs/10_predict.ipynb #65f91d5e
 @patch
 def set_view(
     self:Predictor,
@@ -159,14 +159,14 @@ def _boxes(boxes, shape):
     checked = [check_box(o, shape) for o in np.atleast_2d(b)]
     return np.stack(checked)
 
-# %% ../nbs/10_predict.ipynb #0f1e8cc7
+# %% ../nbs/10_predict.ipynb #cf26adb6
 def _check_masks(m, kind, shape, grid):
     "Refuse mask prompts of another shape than `shape`, and values that are not finite"
     odd = '' if np.isfinite(m).all() else ' with values that are not finite'
     shaped = m.ndim in (2,3) and m.shape[-2:]==shape and 0 not in m.shape
     if shaped and not odd: return
-    raise InputError(f'the mask prompt is {kind} of shape {m.shape}{odd}: give logits (256,256) of an earlier prediction '
-                     f"(floats), or a mask (bool) of the image's shape {grid.shape}")
+    raise InputError(f'the mask prompt is {kind} of shape {m.shape}{odd}: give logits (256,256) '
+                     f"of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}")
 
 def _masks(mask, grid):
     "Mask prompts as logits (B,1,256,256) float32"
@@ -185,7 +185,8 @@ def _masks(mask, grid):
 # %% ../nbs/10_predict.ipynb #46003f01
 def _paired(asked:dict):
     "What was asked, if there is something and as many of each"
-    if not asked: raise InputError('there is no prompt: give a box, points, or the mask logits of an earlier prediction')
+    if not asked:
+        raise InputError('there is no prompt: give a box, points, or the mask logits of an earlier prediction')
     n = {k:len(v) for k,v in asked.items()}
     n.pop('point_labels', None)
     if len(set(n.values()))==1: return asked
@@ -203,7 +204,7 @@ def _asked(grid, box=None, points=None, point_labels=None, mask=None):
     if mask is not None: asked['masks'] = _masks(mask, grid)
     return _paired(asked)
 
-# %% ../nbs/10_predict.ipynb #54bcad13
+# %% ../nbs/10_predict.ipynb #c8049f36
 @patch
 def _ready(self:Predictor):
     if self.embedding is not None: return
@@ -219,7 +220,7 @@ def _frame(self:Predictor, asked:dict):
         placed[k] = self.grid.to_model(on_grid, size)
     return {k:torch.as_tensor(v, device=device) for k,v in placed.items()}
 
-# %% ../nbs/10_predict.ipynb #c5d94ec5
+# %% ../nbs/10_predict.ipynb #e9451fee
 @patch
 def _answer(self:Predictor, asked:dict, multimask=False):
     "Masks for what was asked; many prompts share the one embedding"
@@ -234,7 +235,7 @@ def _answer(self:Predictor, asked:dict, multimask=False):
     shown = {k:v for k,v in asked.items() if k!='masks'}
     return Prediction(*(t.cpu().numpy() for t in out), self.image, **shown)
 
-# %% ../nbs/10_predict.ipynb #ebc2bd82
+# %% ../nbs/10_predict.ipynb #5a4277a4
 @patch
 @renamed(labels='point_labels')
 def predict(
@@ -250,7 +251,7 @@ def predict(
     asked = _asked(self.grid, box, points, point_labels, mask)
     return self._answer(asked, multimask)
 
-# %% ../nbs/10_predict.ipynb #7da2ce31
+# %% ../nbs/10_predict.ipynb #53d01228
 def _together(asked:list):
     "The positions of prompts that go through the decoder in one go: all boxes, then each of the others"
     boxes,others = [],[]
@@ -263,7 +264,7 @@ def _joined(some:list):
     "Prompts that go through the decoder in one go, as one question"
     return {k:np.concatenate([a[k] for a in some]) for k in some[0]}
 
-# %% ../nbs/10_predict.ipynb #f4d5d6f3
+# %% ../nbs/10_predict.ipynb #47e1b06d
 @patch
 def ask(
     self:Predictor,
@@ -322,7 +323,7 @@ def everything(
     regions = SamAutomaticMaskGenerator(sam, **kwargs).generate(im)
     return sorted(regions, key=lambda r: -r['area'])
 
-# %% ../nbs/10_predict.ipynb #6a6ae21c
+# %% ../nbs/10_predict.ipynb #2b2ff356
 def _best_region(regions, gt):
     "Position and DSC of the region that fits a mask best; None and 0 where none touches it"
     scores = [dsc(r['segmentation'], gt) for r in regions]
@@ -355,9 +356,10 @@ def oracle_boxes(
     rows = []
     for z,s in enumerate(label.array):
         for i in ids:
-            parts = instances(s==i)
-            if parts and not pieces: parts = [s==i]
-            rows += [(z, i, *mask_to_box(m)) for m in parts]
+            m = s==i
+            if not m.any(): continue
+            parts = instances(m) if pieces else [m]
+            rows += [(z, i, *mask_to_box(part)) for part in parts]
     if rows: return pd.DataFrame(rows, columns=BOX_COLUMNS)
     raise InputError(f"the labels of {label.case or 'this volume'} hold none of the ids {ids}; "
                      f'they hold {there}')
@@ -399,7 +401,7 @@ def _with_clicks(table):
         out.append(replace(a, prompt=Points(p, l)) if c else a)
     return out
 
-# %% ../nbs/10_predict.ipynb #276c12d6
+# %% ../nbs/10_predict.ipynb #8e55932a
 def _asks(boxes, depth):
     "Slice -> what is asked of it, slices in order; `InputError` if a slice is not there"
     with_clicks = isinstance(boxes, pd.DataFrame) and 'points' in boxes
@@ -432,7 +434,7 @@ def predict_slices(
         labels = label_map(pred, [a.label for a in asks], overlap)
         yield z, labels, list(zip(asks, pred.iou))
 
-# %% ../nbs/10_predict.ipynb #70c4cfcf
+# %% ../nbs/10_predict.ipynb #0fc73b65
 def predict_volume(
     predictor:Predictor, # model and device
     volume:Volume, # (D,H,W) intensities
@@ -447,7 +449,7 @@ def predict_volume(
     for z,labels,_ in slices: out[z] = labels
     return out.astype(np.uint8) if out.max()<256 else out
 
-# %% ../nbs/10_predict.ipynb #eae1fbfe
+# %% ../nbs/10_predict.ipynb #5d66a722
 def check_prompt(prompt, shape): return as_prompt(prompt, shape).to_dict() # until draw has moved
 def ask(prompt, shape, spacing=(1,1)): # until draw has moved
     asked = as_prompt(prompt).asked(Grid(shape), spacing)

@@ -522,5 +522,5 @@ def check_prompts(
             raise InputError(f"prompt {n} belongs to object {i} on slice {r['z']}, which is not there")
         if (i,z) in out: raise InputError(f'prompt {n} is a second one of object {i} on slice {z}: one is possible')
         try: out[i,z] = as_prompt(r, shape[1:])
-        except (TypeError, ValueError) as e: raise InputError(f'prompt {n} is damaged: {e}') from None
+        except (TypeError, ValueError, OverflowError) as e: raise InputError(f'prompt {n} is damaged: {e}') from None
     return objects, out

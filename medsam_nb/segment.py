@@ -166,7 +166,7 @@ def _asks_of_rows(rows, volume):
     for i,row in enumerate(map(_clean, rows), 1):
         if row is None: continue
         try: new,given = _asks_of_row(row, volume)
-        except InputError as e: raise InputError(f'row {i}: {e}') from None
+        except (TypeError, ValueError, OverflowError) as e: raise InputError(f'row {i}: {e}') from None
         _check_new(i, new, seen)
         cut = _cut(given, new[0].prompt, volume.shape[1:])
         if cut: warnings.warn(f'row {i}: {cut}', stacklevel=3)

@@ -8,7 +8,7 @@ from medsam_nb.embed import encode
 from medsam_nb.metrics import dsc
 from medsam_nb.predict import (Prediction, Predictor, _asked, click_rounds, everything, label_map, match_regions,
                                oracle_boxes, predict_slices, predict_volume)
-from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Points, line_to_box, mask_to_box
+from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Outline, Points, line_to_box, mask_to_box
 from medsam_nb.view import Grid, Recipe, View, resize_image
 from medsam_nb.volume import Volume
 from tiny import disc, lite, quick, scan
@@ -326,6 +326,13 @@ def test_a_dict_is_a_prompt_and_a_prediction_shows_it(wide):
     got = p.ask([dict(kind='box', box=[-9,-9,90,90])])
     assert got.prompts==[Box((0.,0.,90.,90.))]
     assert len(got.show().patches)==1
+
+@pytest.mark.filterwarnings(BOXES_ONLY)
+def test_an_outline_is_asked_as_its_box_and_its_mask(wide):
+    p,im,m = wide
+    outline = Outline(((40.,25.),(100.,25.),(100.,65.),(40.,65.)))
+    want = p.predict((40,25,100,65), mask=outline.mask(SHAPE))
+    assert np.array_equal(p.ask([Box((1.,1.,50.,50.)), outline]).logits[1:], want.logits)
 
 @pytest.mark.parametrize('prompts, match', [
     ([], 'no prompt'),

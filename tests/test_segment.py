@@ -10,9 +10,9 @@ from PIL import Image
 from medsam_nb.core import InputError
 from medsam_nb.metrics import dsc, nsd
 from medsam_nb.predict import Predictor, oracle_boxes, predict_volume
-from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Points, asks_of, line_to_box, mask_to_box, table_of
+from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Outline, Points, asks_of, line_to_box, mask_to_box, table_of
 from medsam_nb.segment import Segmentation, interpolate_boxes, medsam_predict, read_boxes, segment
-from medsam_nb.view import Recipe
+from medsam_nb.view import Recipe, View
 from medsam_nb.volume import Volume, read_volume, write_mask
 from tiny import python, quick, save, scan, tree
 
@@ -112,10 +112,24 @@ def test_a_diameter_may_be_a_key_slice(tmp_path):
     assert said(asks)==['line','interpolated','box']
     assert np.allclose(t.loc[1, SIDES].astype(float), (t.loc[0, SIDES]+t.loc[2, SIDES]).astype(float)/2)
 
-def test_rows_of_json_name_any_kind(tmp_path):
-    rows = [dict(z=1, label=9, kind='points', points=[[30,30],[5,5]], labels=[1,0]), dict(BOX, z=2, kind='line')]
-    asks = read_boxes(put(tmp_path/'b.json', rows), volume()[0])
-    assert asks==[Ask(1, 9, Points(((30.,30.),(5.,5.)), (1,0))), Ask(2, 9, Line((20.,18.,46.,42.)))]
+JSON_KINDS = [
+    (dict(kind='points', points=[[30,30],[5,5]], labels=[1,0]), Points(((30.,30.),(5.,5.)), (1,0))),
+    (dict(BOX, kind='line'), Line((20.,18.,46.,42.))),
+    (dict(kind='outline', outline=[[20,18],[46,18],[33,42]]), Outline(((20.,18.),(46.,18.),(33.,42.))))]
+
+@pytest.mark.parametrize('row, prompt', JSON_KINDS)
+def test_rows_of_json_name_any_kind(tmp_path, row, prompt):
+    asks = read_boxes(put(tmp_path/'b.json', [dict(row, z=2, label=9)]), volume()[0])
+    assert asks==[Ask(2, 9, prompt)]
+
+@pytest.mark.filterwarnings(BOXES_ONLY)
+@pytest.mark.parametrize('row, prompt', JSON_KINDS)
+def test_each_kind_gets_the_mask_that_a_predictor_gives(row, prompt):
+    v = volume()[0]
+    seg = answer_to([Ask(2, 9, prompt)], None, v)
+    one = asked().set_view(View(v, Recipe()), 2).ask([prompt], v.spacing)
+    assert np.array_equal(seg.mask[2]==9, one.masks[0]) and not seg.mask[[0,1,3,4]].any()
+    assert seg.show() is not None
 
 @pytest.fixture
 def session():
@@ -213,6 +227,8 @@ BAD = {
     'JSON empty row': ([BOX, {}], 'row 2: z is missing'),
     'JSON clicks without labels': ([dict(z=1, label=9, kind='points', points=[[3,3]])], 'row 1: .*no labels'),
     'JSON clicks outside': ([dict(z=1, label=9, kind='points', points=[[3,300]], labels=[1])], 'row 1: .*outside'),
+    'JSON huge click': ([dict(z=1, label=9, kind='points', points=[[10**400,3]], labels=[1])], 'row 1: '),
+    'prompt huge': (drawn(dict(z=1, object=9, kind='points', points=[[10**400,3]], labels=[1])), 'prompt 1 '),
     'other format': (drawn(format='x'), 'not prompts of medsam_nb'),
     'other shape': (drawn(shape=(5,64,81)), 'drawn on a volume of shape'),
     'no prompts': (drawn(), 'no prompt in it'),
@@ -260,9 +276,9 @@ def test_one_slice_of_each_label_leaves_nothing_to_interpolate(tmp_path):
 
 CELLS = st.one_of(st.integers(-9, 99), st.floats(), st.text(max_size=4))
 LINES = st.lists(st.lists(CELLS, max_size=8), max_size=5)
-KEYS_OF_JSON = st.sampled_from([*BOX_COLUMNS,'z0','z1','kind','points','labels','boxes','format'])
+KEYS_OF_JSON = st.sampled_from([*BOX_COLUMNS,'z0','z1','kind','points','labels','outline','boxes','format'])
 LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5),
-                   st.sampled_from(['line','points']))
+                   st.sampled_from(['line','points','outline']))
 def branches(c): return st.one_of(st.lists(c, max_size=4), st.dictionaries(KEYS_OF_JSON, c, max_size=9))
 
 TREES = st.recursive(LEAVES, branches, max_leaves=20)
@@ -681,7 +697,9 @@ def test_the_command_replaces_results_only_when_asked(ward):
     assert tree(d).keys()==before.keys() and tree(d)['m_slices.csv']!=before['m_slices.csv']
 
 @pytest.mark.parametrize('kwargs', [
-    dict(boxes='b.csv', out='i.nii.gz'), dict(boxes='m_slices.csv', out='m.nrrd'), dict(labels='l.nii.gz', out='l.nii.gz')])
+    dict(boxes='b.csv', out='i.nii.gz'),
+    dict(boxes='m_slices.csv', out='m.nrrd'),
+    dict(labels='l.nii.gz', out='l.nii.gz')])
 def test_the_command_never_replaces_an_input(ward, kwargs):
     d,run = ward
     (d/'m_slices.csv').write_text((d/'b.csv').read_text())

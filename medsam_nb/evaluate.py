@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .core import InputError, atomic_path, command, parse_numbers, pick_device, read_json, work_dir
 from .curate import CuratedCase, find_npz, parse_ids, patients_of, read_npz
-from .embed import EmbeddingStore, case_grid, default_store
+from .embed import EmbeddingStore, default_store
 from .metrics import dsc, nsd
 from .prompt import Grid, mask_to_box, slack_box
 from .sam import decode, load_model
@@ -63,7 +63,7 @@ def _on_grid(logits, size):
 def _on_source(logits, z, case):
     "(D,H,W) bool volume on the source grid; slices without a prediction stay empty."
     out = np.zeros(case.labels.shape, bool)
-    for l, k in zip(logits, z): out[k] = (case_grid(case).mask_from_grid(torch.from_numpy(l)) > 0).numpy()
+    for l, k in zip(logits, z): out[k] = (case.grid.mask_from_grid(torch.from_numpy(l)) > 0).numpy()
     return out
 
 def _squeeze(*masks):

@@ -588,6 +588,6 @@ def check_prompts(
             raise InputError(f'prompt {n} is a second one of object {i} on slice {z}: one '
                              f'is possible')
         try: out[i,z] = as_prompt(r, shape[1:])
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, OverflowError) as e:
             raise InputError(f'prompt {n} is damaged: {e}') from None
     return objects, out

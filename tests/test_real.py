@@ -54,7 +54,7 @@ def test_abdomen_ct_all_organs(real_data, lite, tmp_path):
                          columns=['id', 'organ', 'voxels', 'DSC'])
     by_iou = predict_volume(predictor, vol, boxes, progress=False, overlap='iou')
     table['higher IoU wins'] = [dsc(by_iou==i, lab.array==i) for i in ids]
-    say(f'abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one '
+    say('abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one '
         f'with the higher predicted IoU:\n{table.round(3).to_string(index=False)}\nmean {table.DSC.mean():.3f}, '
         f'{table["higher IoU wins"].mean():.3f}')
     assert len(table)==12 and set(table.id)==set(range(1,14))-{10}
@@ -144,7 +144,8 @@ def btcv(real_data, lite, tmp_path_factory):
     store = embed(res.folder, tmp/'emb.zarr', model=lite, device='cpu')
     return res.folder, tmp/'emb.zarr', tmp
 
-def masks_curve(ev): return ev.scores.pivot_table(index='slack', columns='decoder', values='DSC_256', sort=False)
+def masks_curve(ev):
+    return ev.scores.pivot_table(index='slack', columns='decoder', values='DSC_256', sort=False)
 
 def masks_mean(ev, slack):
     "Mean DSC over masks (not patients), per decoder: the prototype's figure"

@@ -195,8 +195,11 @@ def test_registry():
     assert set(REGISTRY)=={'sam_vit_b', 'sam_vit_l', 'sam_vit_h', 'medsam_vit_b', 'flare22'}
     for k,d in REGISTRY.items():
         alg,h = d.hash.split(':')
-        assert d.name==k and d.url.startswith('https://') and re.fullmatch('[0-9a-f]{%d}'%dict(sha256=64, md5=32)[alg],
-            h) and d.licence
+        assert d.name==k
+        assert d.url.startswith('https://')
+        assert (re.fullmatch('[0-9a-f]{%d}'%dict(sha256=64, md5=32)[alg],
+            h))
+        assert d.licence
     assert [REGISTRY[f'sam_vit_{k}'].size for k in 'blh']==[375042383, 1249524607, 2564550879]
     assert all(s in REGISTRY['flare22'].licence for s in ('CC BY 4.0', 'CC BY-NC-SA 4.0', 'research only'))
 
@@ -407,7 +410,10 @@ def test_console(toy):
     r = toy('medsam_toy', '5', '--word', 'hey', '--shout')
     assert (r.returncode, r.stdout, r.stderr)==(0, '5 HEY\n', '')
     r = toy('medsam_toy', '--help')
-    assert r.returncode==0 and r.stdout.startswith('usage: medsam_toy') and 'a word beside it' in r.stdout and 'Print a number' in r.stdout
+    assert r.returncode==0
+    assert r.stdout.startswith('usage: medsam_toy')
+    assert 'a word beside it' in r.stdout
+    assert 'Print a number' in r.stdout
     assert toy('medsam_toy').returncode==2 and 'required: n' in toy('medsam_toy').stderr
     assert toy('medsam_toy', 'five').returncode==2
 
@@ -434,9 +440,13 @@ def test_medsam_fetch_console(toy, server, here):
     r = toy('medsam_fetch')
     assert r.returncode==0 and all(n in r.stdout for n in REGISTRY) and 'CC BY-NC-SA' in r.stdout
     r = toy('medsam_fetch', 'sam_vit_xxl')
-    assert r.returncode==2 and r.stderr.startswith("medsam_fetch: 'sam_vit_xxl' is not known") and r.stderr.count('\n')==1
+    assert r.returncode==2
+    assert r.stderr.startswith("medsam_fetch: 'sam_vit_xxl' is not known")
+    assert r.stderr.count('\n')==1
     r = toy('medsam_fetch', 'sam_vit_b', '--url', f'{server.url}/ok/tiny')
-    assert r.returncode==2 and r.stderr.count('\n')==1 and '375,042,383 bytes expected, the server offers 300,000' in r.stderr
+    assert r.returncode==2
+    assert r.stderr.count('\n')==1
+    assert '375,042,383 bytes expected, the server offers 300,000' in r.stderr
     assert 'licence: Apache 2.0' in r.stdout and not REGISTRY['sam_vit_b'].path.exists()
     r = toy('medsam_fetch', 'sam_vit_b', 'sam_vit_l', '--url', 'http://x')
     assert r.returncode==2 and 'exactly one name' in r.stderr

@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from medsam_nb import curate as cu
 from medsam_nb.core import InputError
-from medsam_nb.curate import code_labels, curate, curate_case, curate_label, find_npz, medsam_curate, read_npz, read_split, source_hash, split_cases, write_split
+from medsam_nb.curate import (code_labels, curate, curate_case, curate_label, find_npz, medsam_curate, read_npz,
+                              read_split, source_hash, split_cases, write_split)
 from medsam_nb.view import Recipe, fit_shape, intensity_limits, normalize, rescale, resize_image, resize_label
 from medsam_nb.volume import Volume
 
@@ -193,7 +194,10 @@ def test_defect07_spacing_slices_and_source_shape_are_stored(tmp_path):
     write(tmp_path/'l'/'x.nii.gz', lab, spacing=(.7,.9,2.5))
     c = read_npz(run(tmp_path/'i', tmp_path/'l', tmp_path/'out').files()[0])
     assert np.allclose(c.spacing, (2.5,.9,.7)) and c.source_shape==(6,70,90) and c.label_ids==(9,)
-    assert len(c.z)==2 and c.labels.shape==(6,70,90) and c.labels.dtype==np.uint8 and c.labels.max()==1
+    assert len(c.z)==2
+    assert c.labels.shape==(6,70,90)
+    assert c.labels.dtype==np.uint8
+    assert c.labels.max()==1
     assert (c.labels>0).sum()==(lab>0).sum() and (c.labels[c.z]>0).any((1,2)).all()
     assert c.recipe==Recipe() and c.source_sha256==source_hash(tmp_path/'i'/'x_0000.nii.gz', tmp_path/'l'/'x.nii.gz')
 
@@ -328,8 +332,11 @@ def test_defect13_a_source_that_breaks_later_keeps_its_finished_file_and_is_name
     (im/'a_0000.nii.gz').write_bytes(b'broken')
     res = run(im, lb, tmp_path/'out')
     t = read_split(res.folder).set_index('case')
-    assert set(res.failed)=={'a'} and t.kept['a']==3 and t.part['a'] in ('train',
-        'test') and 'a' in parts_of(tmp_path/'out')
+    assert set(res.failed)=={'a'}
+    assert t.kept['a']==3
+    assert (t.part['a'] in ('train',
+        'test'))
+    assert 'a' in parts_of(tmp_path/'out')
 
 def test_defect13_a_bug_is_not_swallowed(tmp_path, monkeypatch):
     im,lb = folder(tmp_path/'raw', 'ab')
@@ -573,8 +580,16 @@ def test_a_v01_file_is_read(tmp_path):
     imgs,gts = rng.integers(0,256,(4,256,256,3),dtype=np.uint8), rng.integers(0,2,(4,256,256),dtype=np.uint8)
     np.savez_compressed(f, imgs=imgs, gts=gts, img_embeddings=rng.random((4,2,2)))
     c = read_npz(f)
-    assert np.array_equal(c.imgs, imgs) and np.array_equal(c.gts, gts) and c.z.tolist()==[0,1,2,3] and c.label_ids==(1,)
-    assert c.spacing is None and c.recipe is None and c.labels is None and c.source_sha256 is None and c.case==f.stem and len(c)==4
+    assert np.array_equal(c.imgs, imgs)
+    assert np.array_equal(c.gts, gts)
+    assert c.z.tolist()==[0,1,2,3]
+    assert c.label_ids==(1,)
+    assert c.spacing is None
+    assert c.recipe is None
+    assert c.labels is None
+    assert c.source_sha256 is None
+    assert c.case==f.stem
+    assert len(c)==4
     assert find_npz(tmp_path)==[f]
 
 def test_npz_needs_no_pickle_and_has_the_contract(tmp_path):
@@ -667,8 +682,11 @@ def test_real_btcv2d_by_patient(tmp_path):
     im,lb = real('btcv2d')
     res = run(im, lb, tmp_path, window=None, label_ids=(4,), patient=r'ABD_(\d+)_', flip='ud', min_pixels=50)
     t = res.table
-    assert len(t)==125 and set(t.patient)=={f.name.split('_')[1]
-                                            for f in im.iterdir()} and t.patient.nunique()>=17 and not res.failed
+    assert len(t)==125
+    assert (set(t.patient)=={f.name.split('_')[1]
+                                            for f in im.iterdir()})
+    assert t.patient.nunique()>=17
+    assert not res.failed
     assert 15<=t.kept.sum()<=22
     kept = t[t.kept>0]
     assert not set(kept[kept.part=='train'].patient) & set(kept[kept.part=='test'].patient)

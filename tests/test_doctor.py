@@ -410,8 +410,13 @@ def test_measured_size_is_near_the_real_one(tmp_path, home):
     files = curate(d/'images', d/'labels', tmp_path/'out', label_ids=(9,), progress=False).files()
     real = sum(f.stat().st_size for f in files)
     assert .7*real<r.needs['npz_bytes']<1.4*real
-    assert r.needs['slices']==16 and r.needs['embedding_bytes']==16*256*64*64*2 and r.needs['bytes']==r.needs['npz_bytes']+r.needs['embedding_bytes']
-    assert r.needs['embed_seconds']>0 and r.needs['curate_seconds']>0 and r.needs['free_bytes']>0 and r.needs['device']=='cpu'
+    assert r.needs['slices']==16
+    assert r.needs['embedding_bytes']==16*256*64*64*2
+    assert r.needs['bytes']==r.needs['npz_bytes']+r.needs['embedding_bytes']
+    assert r.needs['embed_seconds']>0
+    assert r.needs['curate_seconds']>0
+    assert r.needs['free_bytes']>0
+    assert r.needs['device']=='cpu'
     assert 'disk: about' in repr(r) and 'time: about' in repr(r)
 
 def test_what_cannot_be_measured_is_a_note(tmp_path):
@@ -467,10 +472,16 @@ def test_command_exit_codes_and_json(tmp_path):
     call(tmp_path, d/'images', d/'labels', '--quick', '--json', 'x.json', '--out', 'x.png', code=1)
     told = json.loads((tmp_path/'x.json').read_text())
     first = told['findings'][0]
-    assert {k:first[k] for k in ('level','code','case')}==dict(level='error', code='geometry-origin',
-                                                               case='a2') and first['values']['difference']==[0,0,
-                                                                   5] and first['message'] and first['do']
-    assert len(told['cases'])==4 and told['cases'][1]['status']=='failed' and len(told['labels'])==8 and (tmp_path/'x.png').exists()
+    assert ({k:first[k] for k in ('level','code','case')}==dict(level='error', code='geometry-origin',
+                                                               case='a2'))
+    assert (first['values']['difference']==[0,0,
+                                                                   5])
+    assert first['message']
+    assert first['do']
+    assert len(told['cases'])==4
+    assert told['cases'][1]['status']=='failed'
+    assert len(told['labels'])==8
+    assert (tmp_path/'x.png').exists()
 
 def test_command_refuses(tmp_path, home):
     d = healthy(tmp_path/'d', CASES[:1])
@@ -488,8 +499,9 @@ def test_command_refuses(tmp_path, home):
     # its own sheet is replaced
     medsam_doctor(*both, quick=True, progress=False)
     medsam_doctor(*both, quick=True, progress=False)
-    assert Image.open(tmp_path/'mine.png').format=='PNG' and [o.name
-                                                              for o in (tmp_path/'work_dir/doctor').iterdir()]==['d_images.png']
+    assert Image.open(tmp_path/'mine.png').format=='PNG'
+    assert ([o.name
+                                                              for o in (tmp_path/'work_dir/doctor').iterdir()]==['d_images.png'])
 
 def test_command_help_tells_the_exit_codes():
     text = ' '.join(command_parser(medsam_doctor).format_help().split())

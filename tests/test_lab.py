@@ -123,7 +123,10 @@ def test_a_drawn_box_becomes_a_mask(cell):
     m = cell.mask()
     assert m.any() and np.array_equal(m, cell.kernel()==9)
     dsc = cell.nb.ask("app.session.segment('pretrained', 9, 9).dsc")
-    assert dsc>.9 and f'DSC {dsc:.3f}' in cell.caption and 'gallbladder' in cell.caption and 'predicted IoU' in cell.caption
+    assert dsc>.9
+    assert f'DSC {dsc:.3f}' in cell.caption
+    assert 'gallbladder' in cell.caption
+    assert 'predicted IoU' in cell.caption
 
 def test_the_screen_shows_the_kernels_mask(cell):
     "The visible pixels, not only the picture behind them; boxes off, mask opaque"
@@ -457,7 +460,10 @@ def test_scores_in_the_caption_belong_to_the_box_in_view(cell):
                    'time.sleep(2)\nthreading.Thread(target=hold).start(); time.sleep(.1)')
     cell.drag((150,150), (190,190))
     cell.page.wait_for_timeout(300)
-    assert 'box 150' in cell.caption and '…' in cell.caption and 'DSC' not in cell.caption and 'IoU' not in cell.caption
+    assert 'box 150' in cell.caption
+    assert '…' in cell.caption
+    assert 'DSC' not in cell.caption
+    assert 'IoU' not in cell.caption
     cell.settle()
     assert 'DSC' in cell.caption and '…' not in cell.caption
 
@@ -501,8 +507,9 @@ def test_saving(cell, tmp_path):
     cell.button('Masks as NIfTI')
     cell.said('wrote')
     saved = read_volume(path, kind='label').array
-    assert np.array_equal(saved[9]==9,
-                          cell.mask()) and cell.nb.ask('[int(v) for v in app.masks.nonzero()[0]]')==saved.nonzero()[0].tolist()
+    assert (np.array_equal(saved[9]==9,
+                          cell.mask()))
+    assert cell.nb.ask('[int(v) for v in app.masks.nonzero()[0]]')==saved.nonzero()[0].tolist()
     cell.button('Masks as NIfTI')
     cell.said('exists already')
     data = json.loads((tmp_path/'ünï mask.prompts.json').read_text())
@@ -511,7 +518,8 @@ def test_saving(cell, tmp_path):
 def test_what_a_screen_reader_hears(cell):
     cell.box(GALL)
     role = cell.page.locator('.medsam-spoken')
-    assert role.get_attribute('aria-live')=='polite' and 'Enter makes a box' in cell.page.locator('.medsam-draw canvas').get_attribute('aria-label')
+    assert role.get_attribute('aria-live')=='polite'
+    assert 'Enter makes a box' in cell.page.locator('.medsam-draw canvas').get_attribute('aria-label')
     t = role.text_content()
     assert all(w in t for w in ('slice 9', 'gallbladder', 'box', 'DSC'))
 
@@ -548,7 +556,8 @@ def test_touch(browser, server):
 
 @pytest.mark.parametrize('app', APPS)
 def test_reload_and_restart(browser, server, app):
-    "In JupyterLab and in Notebook 7: what was drawn survives a reload of the page; a restarted kernel is told, not suffered"
+    """In JupyterLab and in Notebook 7: what was drawn survives a reload of the page; a restarted kernel is told, not
+    suffered"""
     nb = visit(browser, server, f'again_{app}', 'from medsam_nb.draw import annotate', 'app = annotate()\napp', app=app)
     c = Cell(nb)
     c.box(GALL)
@@ -662,7 +671,8 @@ def test_wrong_input_is_a_sentence_in_the_cell(browser, server):
 # ---- make lab ----
 @pytest.mark.skipif(not shutil.which('make'), reason='there is no make on this machine')
 def test_make_lab_opens_the_index(browser, root, tmp_path):
-    "`make lab` as people type it: JupyterLab asks the system's browser for the index, and Chromium shows it with its links"
+    """`make lab` as people type it: JupyterLab asks the system's browser for the index, and Chromium shows it with its
+    links"""
     if not (root/'.venv'/'.made').exists(): pytest.skip('make lab needs .venv, which make env makes')
     before = (root/'nbs'/'index.ipynb').read_bytes()
     own = settings(tmp_path)

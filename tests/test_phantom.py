@@ -1,4 +1,5 @@
-"What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is stopped, shared or in the way"
+"""What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is
+stopped, shared or in the way"""
 import hashlib, json, os, signal, subprocess, sys, time
 from itertools import combinations
 from pathlib import Path
@@ -113,7 +114,8 @@ def test_noise_is_correlated_and_of_ct_strength():
         assert .3<(d[:, 1:]*d[:, :-1])[both].mean()/a[m].var()<.9
 
 def test_thick_slices_blur_the_dome():
-    "Under the dome the surface of the liver runs along the slices: there 5 mm slices hold more voxels that are part liver, part lung than 1 mm slices"
+    """Under the dome the surface of the liver runs along the slices: there 5 mm slices hold more voxels that are part
+    liver, part lung than 1 mm slices"""
     def mixed(dz):
         i, l = make_phantom(4, (int(220/dz), 128, 128), spacing=(dz, 2.8, 2.8))
         top = l.array[int(.8*len(l.array)):]==1
@@ -208,7 +210,8 @@ def test_files_read_back_equal_in_every_storage_order(tmp_path):
 SIZE = (5, 64, 64)
 def write(out, **kw): return write_phantoms(out, **{'n': 2, 'size': SIZE, 'progress': False, **kw})
 def files(out):
-    "Name and hash of every file with its final name; what a killed run left in a hidden temporary folder does not count"
+    """Name and hash of every file with its final name; what a killed run left in a hidden temporary folder does not
+    count"""
     return {p.relative_to(out).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
             for p in sorted(out.glob('[il]*/*.nii.gz'))}
 def times(out): return {p.name: p.stat().st_mtime_ns for p in out.rglob('*.nii.gz')}
@@ -316,7 +319,8 @@ def test_console(tmp_path):
 @pytest.mark.skipif(not sys.platform.startswith('linux'),
                     reason='reads the peak memory from /proc, which only Linux has')
 def test_memory_of_a_full_case():
-    "A 40 x 512 x 512 case needs about 0.8 GB, libraries included; VmHWM, because ru_maxrss counts the parent's memory too"
+    """A 40 x 512 x 512 case needs about 0.8 GB, libraries included; VmHWM, because ru_maxrss counts the parent's
+    memory too"""
     code = '''
 import re
 make_phantom(1, (40,512,512))

@@ -3,7 +3,8 @@ import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy.spatial.distance import pdist
 from medsam_nb.core import InputError
-from medsam_nb.prompt import check_box, instances, line_to_box, longest_diameter, mask_to_box, next_click, perturb_box, sample_points, short_diameter, slack_box
+from medsam_nb.prompt import (check_box, instances, line_to_box, longest_diameter, mask_to_box, next_click, perturb_box,
+                              sample_points, short_diameter, slack_box)
 from medsam_nb.view import Grid
 
 sides = st.integers(1, 700)
@@ -106,7 +107,11 @@ def test_tight_box(H, W, seed):
     assert b.dtype==np.float32
     x0,y0,x1,y1 = b.astype(int)
     inside = m[y0:y1,x0:x1]
-    assert inside.sum()==m.sum() and inside[0].any() and inside[-1].any() and inside[:,0].any() and inside[:,-1].any()
+    assert inside.sum()==m.sum()
+    assert inside[0].any()
+    assert inside[-1].any()
+    assert inside[:,0].any()
+    assert inside[:,-1].any()
 
 def test_grid_refuses():
     for shape in ((10,), (10,10,3), (0,5), 7):
@@ -145,7 +150,10 @@ def test_growth_covers_the_whole_range_on_all_four_sides(shrink):
     out = np.stack([perturb_box(box.astype(int), (300,300), rng, 20, shrink) for _ in range(5000)])-box
     out = out*[-1,-1,1,1]
     low = -20 if shrink else 0
-    assert (out.max(0)>19.9).all() and (out<=20).all() and (out.min(0)<low+.1).all() and (out>=low).all()
+    assert (out.max(0)>19.9).all()
+    assert (out<=20).all()
+    assert (out.min(0)<low+.1).all()
+    assert (out>=low).all()
     assert (np.abs(out.mean(0)-(20+low)/2)<.6).all()
     assert (np.abs(np.corrcoef(out.T)-np.eye(4))<.06).all()
 

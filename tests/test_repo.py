@@ -1,4 +1,5 @@
-"The repository keeps its own rules: notebooks, library and README in step, imports upwards, nothing that only works on one machine"
+"""The repository keeps its own rules: notebooks, library and README in step, imports upwards, nothing that only works
+on one machine"""
 import ast, json, os, re, shutil, subprocess, sys
 from functools import lru_cache
 from importlib.metadata import packages_distributions
@@ -167,7 +168,8 @@ def test_imports_have_cells_of_their_own():
     assert bad==[]
 
 def test_links_lead_somewhere():
-    "Links in notebooks and Markdown files are to files that are there (notebooks link to notebooks, so that they work in Jupyter too)"
+    """Links in notebooks and Markdown files are to files that are there (notebooks link to notebooks, so that they
+    work in Jupyter too)"""
     bad = []
     for o in tracked():
         if o.endswith('.ipynb'): body = '\n'.join(source(c) for c in cells(o, 'markdown'))

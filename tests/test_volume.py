@@ -39,7 +39,8 @@ def read(path): return sitk.ReadImage(str(path))
 
 @st.composite
 def grids(draw):
-    "size, spacing, origin, direction: any rotation times any signed permutation, anisotropic, non-square, one-slice too"
+    """size, spacing, origin, direction: any rotation times any signed permutation, anisotropic, non-square, one-slice
+    too"""
     size = draw(st.tuples(*[st.integers(1, 7)]*3))
     spacing = draw(st.tuples(*[st.sampled_from([.5, .7421875, .9765625, 1, 1.2, 2.5, 3.27, 5, 7.5])]*3))
     origin = draw(st.tuples(*[st.floats(-500, 500, width=32)]*3))
@@ -181,7 +182,9 @@ def test_units_other_than_mm(tmp_path, unit, factor):
     write_mask(v.array>0, v, tmp_path/'m.nii')
     src,got = read(p), read(tmp_path/'m.nii')
     np.testing.assert_allclose(src.GetSpacing(), np.array([1,2,3])*factor)
-    assert src.GetSpacing()==got.GetSpacing() and src.GetOrigin()==got.GetOrigin() and src.GetDirection()==got.GetDirection()
+    assert src.GetSpacing()==got.GetSpacing()
+    assert src.GetOrigin()==got.GetOrigin()
+    assert src.GetDirection()==got.GetDirection()
 
 def test_big_endian_nifti(tmp_path):
     p = write(make((4,5,6), (1,2,3), (7,8,9), np.diag([-1,-1,1])), tmp_path/'x.nii')
@@ -515,8 +518,11 @@ def test_find_cases(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         c = find_cases(i, l)
-    assert [x.case for x in c]==['1.2.840', 'FLARE22_Tr_0001', 'Jürgen', 'same',
-                                 'seg'] and not c.unpaired and isinstance(c, list) and isinstance(c[0], Case)
+    assert ([x.case for x in c]==['1.2.840', 'FLARE22_Tr_0001', 'Jürgen', 'same',
+                                 'seg'])
+    assert not c.unpaired
+    assert isinstance(c, list)
+    assert isinstance(c[0], Case)
     assert c[1].image.name=='FLARE22_Tr_0001_0000.nii.gz' and c[1].label==l/'FLARE22_Tr_0001.nii.gz'
 
 def test_find_cases_tells_of_what_is_left(tmp_path):
@@ -542,8 +548,11 @@ def test_find_cases_nothing(tmp_path):
     assert find_cases(i, touch(tmp_path/'s', 'a_0000.nii.gz'), image_suffix='')[0].case=='a_0000'
 
 def test_names():
-    assert split_name('a/b.c/x.y.nii.GZ')==('x.y', '.nii.gz') and split_name('x.gz')==('x.gz',
-        '') and case_name('_0000.png')=='_0000' and case_name('a_0000.png', '')=='a_0000'
+    assert split_name('a/b.c/x.y.nii.GZ')==('x.y', '.nii.gz')
+    assert (split_name('x.gz')==('x.gz',
+        ''))
+    assert case_name('_0000.png')=='_0000'
+    assert case_name('a_0000.png', '')=='a_0000'
 
 # DICOM
 
@@ -674,7 +683,8 @@ def test_real_dicom(tmp_path):
 
 @pytest.mark.parametrize('ext', ['.nii', '.nii.gz', '.nrrd', '.mha'])
 def test_a_full_disk_never_leaves_a_mask(tmp_path, ext):
-    "A limit on file size stands for the disk. ITK's NIfTI writer notices nothing, so the writing is checked; noise, so that compression does not make it fit"
+    """A limit on file size stands for the disk. ITK's NIfTI writer notices nothing, so the writing is checked; noise,
+    so that compression does not make it fit"""
     code = '''
 import resource, sys; import numpy as np; from tiny import save; from medsam_nb.volume import *
 save(sys.argv[1]+'/a.nii.gz', np.zeros((4,64,80), np.int16)); v = read_volume(sys.argv[1]+'/a.nii.gz')

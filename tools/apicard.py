@@ -1,4 +1,5 @@
-"How an API card of the documentation looks: signature, docstring, then a table of the parameters. tools/docs.py names it to nbdev as `renderer`"
+"""How an API card of the documentation looks: signature, docstring, then a table of the parameters. tools/docs.py
+names it to nbdev as `renderer`"""
 import inspect, re
 from dataclasses import is_dataclass
 from importlib import import_module

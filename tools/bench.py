@@ -1,4 +1,5 @@
-"Measure this machine: the drawing cell in a real JupyterLab, the encoder, the decoder, training. Ratios are side by side, in one run; times are this machine's"
+"""Measure this machine: the drawing cell in a real JupyterLab, the encoder, the decoder, training. Ratios are side by
+side, in one run; times are this machine's"""
 import argparse, json, os, platform, statistics, sys, tempfile, time
 from pathlib import Path
 

@@ -51,7 +51,8 @@ def split_titles(nbs:Path):
         write_nb(nb, path)
 
 def prepare()->Path:
-    "nbdev's part, run in the copy: configuration, index of symbols, notebooks with API cards; the processed folder comes back"
+    """nbdev's part, run in the copy: configuration, index of symbols, notebooks with API cards; the processed folder
+    comes back"""
     import nbdev.doclinks
     from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -63,7 +64,8 @@ def prepare()->Path:
     return Path(proc_nbs('nbs', n_workers=min(2, os.cpu_count() or 1), force=True))
 
 def mend_source(text:str, folder:str, cfg)->str:
-    "Links of one processed Markdown text (in `folder` under nbs/): pages by their new names, files outside nbs/ at the repository"
+    """Links of one processed Markdown text (in `folder` under nbs/): pages by their new names, files outside nbs/ at
+    the repository"""
     def link(m):
         url, tail = re.match(r'([^#]*)(#.*)?$', m[2]).groups()
         if re.match(r'[a-z][a-z0-9+.-]*:|[#/]', m[2]) or not url: return m[0]
@@ -79,7 +81,8 @@ def mend_source(text:str, folder:str, cfg)->str:
                   flags=re.M)
 
 def mend_widgets(nb, folder:str)->list:
-    "Leave a widget's still picture where its output was, and the line that says where the live one is; the cells that have none come back"
+    """Leave a widget's still picture where its output was, and the line that says where the live one is; the cells
+    that have none come back"""
     bad, after = [], [*nb.cells[1:], None]
     for c, then in zip(nb.cells, after):
         outs = c.get('outputs', [])
@@ -97,7 +100,8 @@ def mend_widgets(nb, folder:str)->list:
     return bad
 
 def mend_folder(proc:Path, cfg):
-    "Name pages as nbdev's links do, mend links and headings, and put stills in place of widgets, which no static page can show"
+    """Name pages as nbdev's links do, mend links and headings, and put stills in place of widgets, which no static
+    page can show"""
     from execnb.nbio import read_nb, write_nb
     for path in sorted(proc.rglob('*.ipynb')):
         nb, folder = read_nb(path), path.relative_to(proc).parent.as_posix()
@@ -145,7 +149,8 @@ def mend_site(site:Path, cfg):
         if new!=text: css.write_text(new, encoding='utf-8')
 
 def lines(code:str)->str:
-    "Highlighted code with a span for each line that knows its indent, so that a long line goes on below itself, not at the margin"
+    """Highlighted code with a span for each line that knows its indent, so that a long line goes on below itself, not
+    at the margin"""
     out, opened = [], []
     for o in code.split('\n'):
         text, before = unescape(re.sub('<[^>]*>', '', o)), ''.join(opened)
@@ -167,7 +172,8 @@ def mend_text(html:str)->str:
     return re.sub(r'<pre><code>(.*?)</code></pre>', columns, html, flags=re.S)
 
 def mend_access(html:str, lang:str, up:str)->str:
-    "What keyboards and screen readers need: the language, a way past the navigation, named landmarks, buttons that are buttons, table headers"
+    """What keyboards and screen readers need: the language, a way past the navigation, named landmarks, buttons that
+    are buttons, table headers"""
     head = LABELS.get(lang, LABELS['en'])
     html = re.sub(r'<html lang="[^"]*"', f'<html lang="{lang}"', html, count=1)
     html = re.sub(r'(<body\b[^>]*>)',
@@ -235,7 +241,8 @@ def sidebar(proc:Path)->dict:
     return parts
 
 def write_llms(site:Path, proc:Path, cfg):
-    "llms.txt: what the package is, and for each part of the sidebar its pages, with a line on each and a link to the page's Markdown"
+    """llms.txt: what the package is, and for each part of the sidebar its pages, with a line on each and a link to the
+    page's Markdown"""
     base = cfg.doc_host.rstrip('/') + '/' + cfg.doc_baseurl.strip('/') + '/'
     lines = [f'# {cfg.title}', '', f'> {cfg.description}']
     for part, names in sidebar(proc).items():

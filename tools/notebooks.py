@@ -43,7 +43,8 @@ def borrow(path:Path, source:Path):
     nbformat.write(nb, path)
 
 def run(path:Path, force:str='', timeout:int=1800)->float:
-    "Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns seconds"
+    """Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns
+    seconds"""
     import nbformat
     from nbclient import NotebookClient
     start, nb, own = time.time(), nbformat.read(path, 4), {}

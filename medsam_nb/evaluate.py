@@ -8,278 +8,417 @@ __all__ = ['SLACKS', 'draw_boxes', 'evaluate_case', 'bootstrap_mean', 'paired_te
 
 # %% ../nbs/12_evaluate.ipynb #e0ca84a1
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from scipy.stats import wilcoxon
 from tqdm.auto import tqdm
-
-from .core import InputError, atomic_path, command, parse_numbers, pick_device, read_json, work_dir
-from .curate import CuratedCase, find_npz, parse_ids, patients_of, read_npz
-from .embed import EmbeddingStore, case_grid, default_store
+from .core import InputError, atomic_path, command, delegates, pick_device, read_json, renamed
+from .curate import CuratedCase, CuratedFolder, read_npz
+from .embed import EmbeddingStore, default_store
+from .finetune import _run_folder, _wanted
 from .metrics import dsc, score
-from .prompt import Grid, mask_to_box, slack_box
+from .prompt import mask_to_box, slack_box
 from .sam import decode, load_model
 from .show import show_panels
+from .view import Grid
 
 # %% ../nbs/12_evaluate.ipynb #71a9e3f2
 SLACKS = (-5, 0, 5, 10, 15, 20)
+_BOX = dict(i=int, z=int, label=int, slack=float, x0=float, y0=float, x1=float, y1=float)
 
+# %% ../nbs/12_evaluate.ipynb #ebb01406
 def draw_boxes(
-    case:CuratedCase,  # as read by `read_npz`
-    slacks=SLACKS,     # pixels of the grid; < 0 inward, 0 tight
-    labels=None,       # source label ids; default all that were curated
-    seed:int=2023      # with the case's name it determines the boxes
+    case:CuratedCase, # as read by `read_npz`
+    slacks=SLACKS, # pixels of the grid; < 0 inward, 0 tight
+    label_ids=None, # source label ids; default all that were curated
+    seed:int=2023, # with the case's name it determines the boxes
 )->pd.DataFrame: # case, i (slice in the npz), z (slice in the source), label, slack, x0, y0, x1, y1 on the grid
-    "Oracle boxes of one case: tight, and moved by random amounts up to each slack."
-    rng, rows, slacks = np.random.default_rng([seed, *case.case.encode()]), [], [float(s) for s in slacks]
-    for i, gt in enumerate(case.gts):
-        for v in np.unique(gt[gt > 0]):
-            label, box = case.label_ids[v-1], mask_to_box(gt == v)
-            drawn = [(case.case, i, int(case.z[i]), label, s, *slack_box(box, gt.shape, s, rng)) for s in slacks]
-            if labels is None or label in labels: rows += drawn
-    whole, real = ['i', 'z', 'label'], ['slack', 'x0', 'y0', 'x1', 'y1']
-    return pd.DataFrame(rows, columns=['case', *whole, *real]).astype({k: int for k in whole}|{k: float for k in real})
+    "Oracle boxes of one case: tight, and moved by random amounts up to each slack"
+    rng = np.random.default_rng([seed, *case.case.encode()])
+    rows,wanted = [],_wanted(label_ids)
+    for i,gt in enumerate(case.gts):
+        for v in np.unique(gt[gt>0]):
+            label,tight = case.label_ids[v-1],mask_to_box(gt==v)
+            for s in map(float, slacks):
+                box = slack_box(tight, gt.shape, s, rng)
+                rows.append((case.case, i, case.z[i], label, s, *box))
+    boxes = pd.DataFrame(rows, columns=['case',*_BOX]).astype(_BOX)
+    if wanted is None: return boxes
+    mine = boxes.label.isin(wanted)
+    return boxes[mine].reset_index(drop=True)
 
 # %% ../nbs/12_evaluate.ipynb #98295e39
 def _logits(sam, emb, boxes, size):
-    "(n,256,256) logits on the CPU for the rows of `boxes`, one decoder call per slice."
-    out = np.zeros((len(boxes), 256, 256), np.float32)
-    device, model_size = sam.pixel_mean.device, sam.image_encoder.img_size
+    "(n,256,256) logits on the CPU for the rows of `boxes`, one decoder call per slice"
+    out = np.zeros((len(boxes),256,256), np.float32)
+    device,grid = sam.pixel_mean.device,Grid((size,size), size)
     with torch.inference_mode():
-        for i, rows in boxes.reset_index(drop=True).groupby('i'):
-            prompt = Grid((size, size), size).to_model(rows[['x0','y0','x1','y1']].to_numpy(np.float32), model_size)
+        for i,rows in boxes.reset_index(drop=True).groupby('i'):
+            corners = rows[['x0','y0','x1','y1']].to_numpy(np.float32)
+            prompts = grid.to_model(corners, sam.image_encoder.img_size)
             e = torch.from_numpy(emb[int(i)])[None].to(device)
-            out[rows.index] = decode(sam, e, torch.from_numpy(prompt).to(device))[0][:,0].float().cpu().numpy()
+            logits,_ = decode(sam, e, torch.from_numpy(prompts).to(device))
+            out[rows.index] = logits[:,0].float().cpu().numpy()
     return out
 
 # %% ../nbs/12_evaluate.ipynb #3853a1fe
 def _on_grid(logits, size):
-    "(n,size,size) bool masks on the curated grid."
-    return (Grid((size, size), size).mask_from_grid(torch.from_numpy(logits)) > 0).numpy()
+    "(n,size,size) bool masks on the curated grid"
+    grid = Grid((size,size), size)
+    masks = grid.mask_from_grid(torch.from_numpy(logits))
+    return (masks>0).numpy()
 
+# %% ../nbs/12_evaluate.ipynb #56dece4b
 def _on_source(logits, z, case):
-    "(D,H,W) bool volume on the source grid; slices without a prediction stay empty."
+    "(D,H,W) bool volume on the source grid; slices without a prediction stay empty"
     out = np.zeros(case.labels.shape, bool)
-    for l, k in zip(logits, z): out[k] = (case_grid(case).mask_from_grid(torch.from_numpy(l)) > 0).numpy()
+    for l,k in zip(logits, z):
+        m = case.grid.mask_from_grid(torch.from_numpy(l))
+        out[k] = (m>0).numpy()
     return out
+
+# %% ../nbs/12_evaluate.ipynb #36dfd51f
+def _grid_scores(logits, gt, tolerance):
+    "Scores on the curated slices, in grid pixels"
+    masks = _on_grid(logits, gt.shape[-1])
+    d,n = score(masks, gt, (1,1,1), tolerance)
+    return dict(DSC_256=d, NSD_256=n)
+
+# %% ../nbs/12_evaluate.ipynb #7271114b
+def _source_scores(logits, z, case, value, tolerance):
+    "Scores on the source, in mm, and how many slices of the organ have no prediction"
+    if case.labels is None:
+        return dict(missed=0, DSC=np.nan, NSD=np.nan)
+    truth = case.labels==value
+    slices = int(truth.any((1,2)).sum())
+    masks = _on_source(logits, z, case)
+    d,n = score(masks, truth, case.spacing or (1,1,1), tolerance)
+    return dict(missed=slices-len(z), DSC=d, NSD=n)
 
 # %% ../nbs/12_evaluate.ipynb #2a0f677e
 def evaluate_case(
-    sam,                # model with the decoder to be scored
-    case:CuratedCase,   # as read by `read_npz`
-    emb,                # its stored embeddings
+    sam, # model with the decoder to be scored
+    case:CuratedCase, # as read by `read_npz`
+    emb, # its stored embeddings
     boxes:pd.DataFrame, # `draw_boxes`
-    tolerance:float=1.  # of NSD, mm (pixels for NSD_256)
+    tolerance:float=1., # of NSD, mm (pixels for NSD_256)
 )->list: # of dicts: case, label, slack, slices, missed, DSC, NSD, DSC_256, NSD_256
-    "Score one decoder on one case for every label and slack in `boxes`."
-    size, rows, logits = case.gts.shape[-1], [], _logits(sam, emb, boxes, case.gts.shape[-1])
-    at = boxes.reset_index(drop=True)
-    for (label, slack), b in at.groupby(['label', 'slack']):
-        v, l = case.label_ids.index(label)+1, logits[b.index]
-        d256, n256 = score(_on_grid(l, size), case.gts[b.i] == v, (1,1,1), tolerance)
-        row = dict(case=case.case, label=int(label), slack=slack, slices=len(b), missed=0, DSC=np.nan, NSD=np.nan, DSC_256=d256, NSD_256=n256)
-        if case.labels is not None:
-            truth = case.labels == v
-            row['DSC'], row['NSD'] = score(_on_source(l, b.z, case), truth, case.spacing or (1,1,1), tolerance)
-            row['missed'] = int(truth.any((1,2)).sum())-len(b)
+    "Score one decoder on one case for every label and slack in `boxes`"
+    boxes = boxes.reset_index(drop=True)
+    rows,logits = [],_logits(sam, emb, boxes, case.gts.shape[-1])
+    for (label,slack),b in boxes.groupby(['label','slack']):
+        value = case.label_ids.index(label)+1
+        mine,gt = logits[b.index],case.gts[b.i]==value
+        row = dict(case=case.case, label=int(label), slack=slack, slices=len(b))
+        row |= _source_scores(mine, b.z, case, value, tolerance)
+        row |= _grid_scores(mine, gt, tolerance)
         rows.append(row)
     return rows
 
-def _unscored(case, boxes, labels):
-    "How many organs of a case curation dropped on every slice: no embedding, no box, no score."
-    if case.labels is None: return 0
-    return sum(case.label_ids[v-1] not in set(boxes.label) and (labels is None or case.label_ids[v-1] in labels) for v in np.unique(case.labels) if v)
-
 # %% ../nbs/12_evaluate.ipynb #656a81e2
 def bootstrap_mean(
-    x:np.ndarray,  # (n,) one value per patient
-    n:int=2000,    # resamples
-    seed:int=0
+    x:np.ndarray, # (n,) one value per patient
+    n:int=2000, # resamples
+    seed:int=0, # of the resampling
 )->tuple[float,float,float]: # mean, lower and upper end of the 95 % percentile interval
-    "Mean over patients and its bootstrap interval; with one patient the interval is NaN."
+    "Mean over patients and its bootstrap interval; with one patient the interval is NaN"
     x = np.asarray(x, float)
-    if len(x) < 2: return float(x.mean()), np.nan, np.nan
-    means = np.random.default_rng(seed).choice(x, (n, len(x))).mean(1)
-    return float(x.mean()), *map(float, np.percentile(means, [2.5, 97.5]))
+    mean = float(x.mean())
+    if len(x)<2: return mean, np.nan, np.nan
+    drawn = np.random.default_rng(seed).choice(x, (n,len(x)))
+    lo,hi = np.percentile(drawn.mean(1), [2.5,97.5])
+    return mean, float(lo), float(hi)
 
+# %% ../nbs/12_evaluate.ipynb #748402b8
 def paired_test(
     a:np.ndarray, # (n,) one value per patient
-    b:np.ndarray  # (n,) the same patients
+    b:np.ndarray, # (n,) the same patients
 )->float: # two-sided p; 1.0 when nothing differs
-    "Wilcoxon's signed-rank test for two decoders on the same patients."
+    "Wilcoxon's signed-rank test for two decoders on the same patients"
     d = np.asarray(b, float)-np.asarray(a, float)
-    return 1. if not np.any(d) else float(wilcoxon(d).pvalue)
+    return float(wilcoxon(d).pvalue) if d.any() else 1.
+
+# %% ../nbs/12_evaluate.ipynb #a8acad17
+def _score_case(case, patient, models, emb, boxes, tolerance):
+    "Rows of eval.csv for one case: each decoder, label and slack"
+    rows = []
+    for name,m in models.items():
+        found = evaluate_case(m, case, emb, boxes, tolerance)
+        rows += [dict(patient=patient, decoder=name, **r) for r in found]
+    return rows
 
 # %% ../nbs/12_evaluate.ipynb #722d5435
 def per_patient(
     scores:pd.DataFrame, # rows of eval.csv
-    metric:str='DSC'
+    metric:str='DSC', # DSC, NSD, DSC_256 or NSD_256
 )->pd.DataFrame: # index patient and slack, a column per decoder
-    "Mean over a patient's cases and labels."
-    return scores.groupby(['patient', 'slack', 'decoder'], sort=False)[metric].mean().unstack('decoder')[list(dict.fromkeys(scores.decoder))]
+    "Mean over a patient's cases and labels"
+    groups = scores.groupby(['patient','slack','decoder'], sort=False)
+    means = groups[metric].mean().unstack('decoder')
+    return means[list(dict.fromkeys(scores.decoder))]
 
+# %% ../nbs/12_evaluate.ipynb #a22df43a
+def _interval(x):
+    "Mean and interval as words"
+    m,lo,hi = bootstrap_mean(x)
+    return f'{m:.3f} ({lo:.3f} to {hi:.3f})' if len(x)>1 else f'{m:.3f} (one patient)'
+
+# %% ../nbs/12_evaluate.ipynb #b4f78d5b
+def _compare(t):
+    "Difference and p of two decoders as words; of one decoder there is none"
+    if len(t.columns)!=2: return {}
+    a,b = (t[name] for name in t)
+    more,p = (b-a).mean(),paired_test(a, b)
+    return dict(difference=f'{more:+.3f}', p=f'{p:.3g}')
+
+# %% ../nbs/12_evaluate.ipynb #3820e281
 def summarize(
     scores:pd.DataFrame, # rows of eval.csv
-    metrics=('DSC', 'NSD'),
-    slacks=(0, 20)
+    metrics=('DSC','NSD'), # columns of it
+    slacks=(0,20), # box slacks that are in it
 )->pd.DataFrame: # one row per metric and slack: mean (95 % interval) per decoder, difference, p, patients
-    "The table for a report."
+    "The table for a report"
     rows = []
-    for metric in metrics:
-        for slack in slacks:
-            t = per_patient(scores[scores.slack == slack], metric).dropna()
-            if not len(t): continue
-            row = {'metric': metric, 'box slack': slack}
-            for name in t: row[name] = ('{:.3f} ({:.3f} to {:.3f})' if len(t) > 1 else '{:.3f} (one patient)').format(*bootstrap_mean(t[name]))
-            if len(t.columns) == 2: row.update(difference=f'{(t.iloc[:,1]-t.iloc[:,0]).mean():+.3f}', p=f'{paired_test(t.iloc[:,0], t.iloc[:,1]):.3g}')
-            rows.append(row | {'patients': len(t)})
+    for metric,slack in product(metrics, slacks):
+        t = per_patient(scores[scores.slack==slack], metric).dropna()
+        if not len(t): continue
+        row = {'metric':metric, 'box slack':slack}
+        row |= {name:_interval(t[name]) for name in t}
+        row |= _compare(t)
+        rows.append(row|{'patients':len(t)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_evaluate.ipynb #308ee50d
 def show_curve(
     scores:pd.DataFrame, # rows of eval.csv
-    metric:str='DSC',
-    ax=None,
-    title:str=None
+    metric:str='DSC', # DSC, NSD, DSC_256 or NSD_256
+    ax=None, # matplotlib axes; default new ones
+    title:str=None, # above the axes
 ):
-    "Mean over patients against box slack, with the bootstrap interval, one line per decoder."
+    "Mean over patients against box slack, with the bootstrap interval, one line per decoder"
     import matplotlib.pyplot as plt
-    ax, t = ax or plt.subplots(figsize=(5,3), dpi=80)[1], per_patient(scores, metric)
-    for name in t:
-        m = pd.DataFrame({s: bootstrap_mean(g[name]) for s, g in t.groupby('slack')}, index=['mean', 'lo', 'hi']).T
-        ax.plot(m.index, m['mean'], marker='o', label=name)
-        ax.fill_between(m.index, m.lo, m.hi, alpha=.15)
-    ax.set(xlabel='box slack (pixels of the 256 grid; below 0 inward)', ylabel=metric, title=title); ax.legend()
+    ax = ax or plt.subplots(figsize=(5,3), dpi=80)[1]
+    for name,x in per_patient(scores, metric).items():
+        means = {s:bootstrap_mean(g) for s,g in x.groupby('slack')}
+        mean,lo,hi = zip(*means.values())
+        ax.plot(list(means), mean, marker='o', label=name)
+        ax.fill_between(list(means), lo, hi, alpha=.15)
+    ax.set(xlabel='box slack (pixels of the 256 grid; below 0 inward)', ylabel=metric, title=title)
+    ax.legend()
     return ax
 
 # %% ../nbs/12_evaluate.ipynb #160f268b
 @dataclass
 class Evaluation:
-    "The scores of a run, and how to look at them."
-    scores:pd.DataFrame  # eval.csv
-    boxes:pd.DataFrame   # boxes.csv
-    models:dict          # decoder's name -> model
-    store:EmbeddingStore
-    files:dict           # case -> .npz
-    run:Path
-    what:str             # 'phantom' or 'held-out': what kind of cases these are
-    def __repr__(self): return f'Evaluation({self.what}: {self.scores.case.nunique()} cases of {self.scores.patient.nunique()} patients, {self.run.name})\n{self.table()}'
-    def table(self, **kw): return summarize(self.scores, **kw)
-    def show(self, ax=None, metric='DSC'): return show_curve(self.scores, metric, ax, f'{self.what} results, oracle boxes')
-    def masks(self, box):
-        "The curated slice of a row of `boxes`, its ground truth, and each decoder's mask."
-        case = read_npz(self.files[box.case]); size = case.gts.shape[-1]
-        row, emb = pd.DataFrame([box]), self.store.open_case(case)
-        gt = case.gts[int(box.i)] == case.label_ids.index(int(box.label))+1
-        return case.imgs[int(box.i)], gt, {n: _on_grid(_logits(m, emb, row, size), size)[0] for n, m in self.models.items()}
-    def show_box(self, box):
-        "Original, oracle box, ground truth and both masks for one row of `boxes`."
-        im, gt, masks = self.masks(box)
-        fig = show_panels(im, box[['x0','y0','x1','y1']].to_numpy(np.float32), gt, {f'{n}: DSC {dsc(m, gt):.2f}': m for n, m in masks.items()})
-        fig.suptitle(f'{self.what} {box.case}, slice {int(box.z)}, label {int(box.label)}, slack {box.slack:g} px', fontsize=9)
-        return fig
-    def worst(self, n=3, slack=20):
-        "Rows of `boxes`: the `n` slices with the lowest DSC of the last decoder, out of its `n` lowest cases."
-        last = list(self.models)[-1]
-        low = self.scores[(self.scores.slack == slack)&(self.scores.decoder == last)].nsmallest(n, 'DSC_256')
-        b = self.boxes[self.boxes.slack == slack].merge(low[['case', 'label']])
-        def score(box): _, gt, masks = self.masks(box); return dsc(masks[last], gt)
-        return b.assign(DSC=[score(r) for _, r in b.iterrows()]).nsmallest(n, 'DSC')
+    "The scores of a run, and how to look at them"
+    scores:pd.DataFrame # eval.csv
+    boxes:pd.DataFrame # boxes.csv
+    models:dict # decoder's name -> model
+    store:EmbeddingStore # embeddings of the cases
+    files:dict # case -> .npz
+    run:Path # folder of the run
+    what:str # 'phantom' or 'held-out': what kind of cases these are
+    part:str='test' # of the curated folder
+
+    def __repr__(self):
+        t = self.scores
+        n,patients = t.case.nunique(),t.patient.nunique()
+        head = f'Evaluation({self.what}: {n} cases of {patients} patients, {self.run.name})'
+        return f'{head}\n{self.table()}'
+
+    def table(self, **kwargs): return summarize(self.scores, **kwargs)
+
+    def show(self, ax=None, metric='DSC'):
+        return show_curve(self.scores, metric, ax, f'{self.what} results, oracle boxes')
+
+# %% ../nbs/12_evaluate.ipynb #081f3414
+@patch
+def masks(self:Evaluation, box):
+    "The curated slice of a row of `boxes`, its ground truth, and each decoder's mask"
+    case,i = read_npz(self.files[box.case]),int(box.i)
+    emb,row = self.store.open_case(case),pd.DataFrame([box])
+    gt = case.gts[i]==case.label_ids.index(int(box.label))+1
+    size,found = len(gt),{}
+    for name,m in self.models.items():
+        logits = _logits(m, emb, row, size)
+        found[name] = _on_grid(logits, size)[0]
+    return case.imgs[i], gt, found
+
+# %% ../nbs/12_evaluate.ipynb #461d5558
+@patch
+def show_box(self:Evaluation, box):
+    "Original, oracle box, ground truth and both masks for one row of `boxes`"
+    im,gt,masks = self.masks(box)
+    corners = box[['x0','y0','x1','y1']].to_numpy(np.float32)
+    scored = {f'{name}: DSC {dsc(m, gt):.2f}':m for name,m in masks.items()}
+    fig = show_panels(im, corners, gt, scored)
+    about = f'slice {box.z}, label {box.label}'
+    fig.suptitle(f'{self.what} {box.case}, {about}, slack {box.slack:g} px', fontsize=9)
+    return fig
+
+# %% ../nbs/12_evaluate.ipynb #1a20c9b9
+@patch
+def worst(self:Evaluation, n=3, slack=20):
+    "Rows of `boxes`: the `n` slices with the lowest DSC of the last decoder, out of its `n` lowest cases"
+    last = list(self.models)[-1]
+    scores = self.scores[self.scores.decoder==last]
+    here = scores[scores.slack==slack].nsmallest(n, 'DSC_256')
+    boxes = self.boxes[self.boxes.slack==slack]
+    boxes = boxes.merge(here[['case','label']])
+    found = []
+    for _,box in boxes.iterrows():
+        _,gt,masks = self.masks(box)
+        found.append(dsc(masks[last], gt))
+    return boxes.assign(DSC=found).nsmallest(n, 'DSC')
 
 # %% ../nbs/12_evaluate.ipynb #432ee9b9
 def _named(name, part):
     "boxes.csv for the test part, boxes_train.csv for the other"
-    return name if part == 'test' else f'{Path(name).stem}_{part}{Path(name).suffix}'
+    stem,ext = name.split('.')
+    return name if part=='test' else f'{stem}_{part}.{ext}'
 
-def _stored_boxes(path, cases, slacks, labels, seed):
-    "boxes.csv: read if it is there, else drawn and written; a box once drawn stays."
-    new = pd.concat([draw_boxes(c, slacks, labels, seed) for c in cases], ignore_index=True)
-    if not len(new): raise InputError(f"The cases hold none of the labels {labels}; they were curated with {list(cases[0].label_ids)}.")
-    if path.exists():
-        old = pd.read_csv(path, dtype={'case': str}, keep_default_na=False)
-        key = ['case', 'i', 'z', 'label', 'slack']
-        if old[key].astype(str).equals(new[key].astype(str)): return old.astype({k: new[k].dtype for k in key[1:]})
-        raise InputError(f"{path} was drawn for other cases, labels or slacks than these. Delete it to draw new boxes, or evaluate into another run.")
-    with atomic_path(path) as p: new.to_csv(p, index=False, float_format='%.4f')
-    return new.round(4)
-
-def _figures(ev, part):
-    "The curve, the worst and a typical case in the run folder: curve.png, worst_1.png to worst_3.png, figure.png; for another part than test its name is added."
-    import matplotlib.pyplot as plt
-    def save(fig, name):
-        with atomic_path(ev.run/_named(f'{name}.png', part)) as p: fig.savefig(p, dpi=110, bbox_inches='tight')
-        plt.close(fig)
-    slack = max(ev.boxes.slack)
-    save(ev.show().figure, 'curve')
-    typical = ev.boxes[ev.boxes.slack == slack]
-    save(ev.show_box(typical.iloc[len(typical)//2]), 'figure')
-    for k, (_, b) in enumerate(ev.worst(3, slack).iterrows()): save(ev.show_box(b), f'worst_{k+1}')
-
-# %% ../nbs/12_evaluate.ipynb #24260011
-def evaluate(
-    npz:str|Path,            # curated folder with test/
-    store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
-    run:str|Path='finetune', # a run of `finetune`: a name under work_dir/, or a path
-    part:str='test',         # the held-out patients; 'train' shows how much was learnt by heart
-    slacks=SLACKS,           # box slacks in pixels of the 256 grid
-    labels=None,             # source label ids; default all that were curated
-    tolerance:float=1.,      # of NSD, mm
-    seed:int=2023,           # of the boxes
-    device=None              # 'cpu', 'cuda', 'mps' or None: the best there is
-)->Evaluation: # errors: `InputError` without a run, without test cases or with other boxes stored
-    "Score the decoder a run started from and its best one on held-out cases, with the same stored boxes; write eval.csv and figures."
-    run = work_dir(run) if len(Path(run).parts) == 1 else Path(run)
-    for f in ('config.json', 'best.pth'):
-        if not (run/f).exists(): raise InputError(f"{run} has no {f}: it is not a run of finetune, or not one that has begun. Fine-tune first.")
-    if not 0 <= tolerance < np.inf: raise InputError(f"tolerance is {tolerance}; it has to be 0 mm or more.")
-    cfg, dev = read_json(run/'config.json'), pick_device(device)
-    models = {'pretrained': load_model(cfg['model'], cfg['checkpoint'], dev), 'fine-tuned': load_model(cfg['model'], run/'best.pth', dev)}
-    emb = EmbeddingStore(store or default_store(npz, cfg['model']), wanted=dict(model=cfg['model'], encoder_sha256=models['pretrained'].encoder_sha256))
-    cases, who = [read_npz(f) for f in find_npz(npz, part)], patients_of(npz)
-    if part == 'test': _no_leak(cases, cfg, who)
-    boxes = _stored_boxes(run/_named('boxes.csv', part), cases, slacks, labels, seed)
-    rows, unscored = [], 0
-    for c in tqdm(cases, desc=f'evaluate on {dev.type} -> {run.name}', unit='case'):
-        b, e = boxes[boxes.case == c.case], emb.open_case(c)
-        for name, m in models.items(): rows += [dict(patient=who.get(c.case, c.case), decoder=name, **r) for r in (evaluate_case(m, c, e, b, tolerance) if len(b) else [])]
-        unscored += _unscored(c, b, labels)
-        for k in ('imgs', 'gts', 'labels'): c.__dict__.pop(k, None)   # read again when needed: memory stays small
-    if unscored: print(f'{unscored} organs of these cases are not scored: curation dropped them on every slice (reasons in split.csv)')
-    scores = pd.DataFrame(rows)
-    what = 'phantom' if all(c.case.startswith('Phantom') for c in cases) else 'held-out' if part == 'test' else part
-    ev = Evaluation(scores, boxes, models, emb, {c.case: c.path for c in cases}, run, what)
-    with atomic_path(run/_named('eval.csv', part)) as p: scores.to_csv(p, index=False)
-    _figures(ev, part)
-    return ev
+# %% ../nbs/12_evaluate.ipynb #04e39902
+def _stored_boxes(path, cases, slacks, label_ids, seed):
+    "boxes.csv: read if it is there, else drawn and written; a box once drawn stays"
+    drawn = [draw_boxes(c, slacks, label_ids, seed) for c in cases]
+    new = pd.concat(drawn, ignore_index=True)
+    if not len(new):
+        raise InputError(f'the cases hold none of the labels {label_ids}: '
+                         f'they were curated with {list(cases[0].label_ids)}')
+    if not path.exists():
+        with atomic_path(path) as p:
+            new.to_csv(p, index=False, float_format='%.4f')
+        return new.round(4)
+    old = pd.read_csv(path, dtype={'case':str}, keep_default_na=False)
+    key = ['case','i','z','label','slack']
+    there,wanted = old[key].astype(str),new[key].astype(str)
+    if there.equals(wanted):
+        return old.astype(new[key[1:]].dtypes)
+    raise InputError(f'{path} was drawn for other cases, labels or slacks than these: '
+                     'delete it to draw new boxes, or evaluate into another run')
 
 # %% ../nbs/12_evaluate.ipynb #f539c706
-def _no_leak(cases, cfg, who):
-    "Raise if a test patient was trained or validated on in this run."
-    patients, names = {who.get(c.case, c.case) for c in cases}, {c.case for c in cases}
-    if (both := sorted(patients&set(cfg['patients']) | names&set(cfg['train']+cfg['validate']))): raise InputError(f"The run was trained on patients of the test part: {', '.join(both[:5])}. Scores would be worthless; curate and fine-tune again with one split.")
+def _no_leak(cases, cfg, folder):
+    "Raise if a test patient was trained or validated on in this run"
+    patients = {folder.patient(c) for c in cases}&set(cfg['patients'])
+    names = {c.case for c in cases}&set(cfg['train']+cfg['validate'])
+    both = ', '.join(sorted(patients|names)[:5])
+    if both:
+        raise InputError(f'the run was trained on patients of the test part: {both}; '
+                         'scores would be worthless: curate and fine-tune again with one split')
+
+# %% ../nbs/12_evaluate.ipynb #a6070dad
+def _unscored(case, boxes, wanted):
+    "How many organs of a case have no slice in the npz: no embedding, no box, no score"
+    if case.labels is None: return 0
+    there = {case.label_ids[v-1] for v in np.unique(case.labels) if v}
+    if wanted is not None: there &= set(wanted)
+    return len(there-set(boxes.label))
+
+# %% ../nbs/12_evaluate.ipynb #467170bf
+def _open_run(run, tolerance):
+    "config.json of a run that has something to be scored"
+    for f in ('config.json','best.pth'):
+        if (run/f).exists(): continue
+        raise InputError(f'{run} has no {f}: it is not a run of finetune, or not one that has begun; fine-tune first')
+    if not 0<=tolerance<np.inf:
+        raise InputError(f'tolerance is {tolerance}: it has to be 0 mm or more')
+    return read_json(run/'config.json')
+
+# %% ../nbs/12_evaluate.ipynb #40138f56
+def _kind(cases, part):
+    "What the figures say about the cases"
+    if all(c.case.startswith('Phantom') for c in cases): return 'phantom'
+    return 'held-out' if part=='test' else part
+
+def _models(cfg, run, device):
+    "The decoder a run started from, and its best one"
+    start = load_model(cfg['model'], cfg['checkpoint'], device)
+    best = load_model(cfg['model'], run/'best.pth', device)
+    return {'pretrained':start, 'fine-tuned':best}
+
+# %% ../nbs/12_evaluate.ipynb #75378c8f
+def _forget(case):
+    "Let go of what is read again when needed: memory stays small"
+    for k in ('imgs','gts','labels'):
+        case.__dict__.pop(k, None)
+
+# %% ../nbs/12_evaluate.ipynb #2d5f53ae
+def _save(ev, fig, name):
+    import matplotlib.pyplot as plt
+    with atomic_path(ev.run/_named(name, ev.part)) as p:
+        fig.savefig(p, dpi=110, bbox_inches='tight')
+    plt.close(fig)
+
+# %% ../nbs/12_evaluate.ipynb #f1ec3060
+def _figures(ev):
+    "curve.png, figure.png (a typical case) and worst_1.png to worst_3.png, in the run's folder"
+    slack = max(ev.boxes.slack)
+    boxes = ev.boxes[ev.boxes.slack==slack]
+    typical = boxes.iloc[len(boxes)//2]
+    _save(ev, ev.show().figure, 'curve.png')
+    _save(ev, ev.show_box(typical), 'figure.png')
+    for k,(_,box) in enumerate(ev.worst(3, slack).iterrows()):
+        _save(ev, ev.show_box(box), f'worst_{k+1}.png')
+
+# %% ../nbs/12_evaluate.ipynb #24260011
+@renamed(labels='label_ids')
+def evaluate(
+    npz:str|Path, # curated folder with test/
+    store:str|Path=None, # its embeddings; default data/embeddings/<model>/<folder>.zarr
+    run:str|Path='finetune', # a run of `finetune`: a name under work_dir/, or a path
+    part:str='test', # test: the held-out patients; train shows how much was learnt by heart
+    slacks=SLACKS, # box slacks in pixels of the 256 grid, e.g. --slacks=0,20
+    label_ids=None, # these label ids only, e.g. 1,9; default all that were curated
+    tolerance:float=1., # of NSD, mm
+    seed:int=2023, # of the boxes
+    device=None, # cpu, cuda or mps; default the best there is
+)->Evaluation: # errors: `InputError` without a run, without test cases or with other boxes stored
+    "Score the decoder a run started from and its best one with the same stored boxes; write eval.csv and figures"
+    run,folder,wanted = _run_folder(run),CuratedFolder(npz),_wanted(label_ids)
+    cfg,dev = _open_run(run, tolerance),pick_device(device)
+    models = _models(cfg, run, dev)
+    made_with = dict(model=cfg['model'], encoder_sha256=models['pretrained'].encoder_sha256)
+    emb = EmbeddingStore(store or default_store(npz, cfg['model']), wanted=made_with)
+    cases = folder.cases(part)
+    if part=='test': _no_leak(cases, cfg, folder)
+    boxes = _stored_boxes(run/_named('boxes.csv', part), cases, slacks, wanted, seed)
+    rows,unscored = [],0
+    for c in tqdm(cases, desc=f'evaluate on {dev.type} -> {run.name}', unit='case'):
+        mine = boxes[boxes.case==c.case]
+        rows += _score_case(c, folder.patient(c), models, emb.open_case(c), mine, tolerance)
+        unscored += _unscored(c, mine, wanted)
+        _forget(c)
+    if unscored:
+        print(f'{unscored} organs of these cases are not scored: '
+              'curation dropped them on every slice (reasons in split.csv)')
+    files,scores = {c.case:c.path for c in cases},pd.DataFrame(rows)
+    ev = Evaluation(scores, boxes, models, emb, files, run, _kind(cases, part), part)
+    with atomic_path(run/_named('eval.csv', part)) as p:
+        scores.to_csv(p, index=False)
+    _figures(ev)
+    return ev
 
 # %% ../nbs/12_evaluate.ipynb #d302f9f2
 @command
+@renamed(labels='label_ids')
+@delegates(evaluate)
 def medsam_evaluate(
-    npz:str,               # curated folder with test/
-    store:str=None,        # its embeddings; default data/embeddings/<model>/<folder>.zarr
-    run:str='finetune',    # a run of medsam_finetune: a name under work_dir/, or a path
-    part:str='test',       # test or train
-    slacks:str='-5,0,5,10,15,20', # box slacks in pixels of the 256 grid, e.g. --slacks=0,20
-    labels:str=None,       # these label ids only, e.g. 1,9
-    tolerance:float=1.,    # of NSD, mm
-    seed:int=2023,         # of the boxes
-    device:str=None        # cpu, cuda or mps; default the best there is
+    npz:str, # curated folder with test/
+    **kwargs, # as for `evaluate`
 ):
-    "Score the pretrained and the fine-tuned decoder on held-out cases with the same oracle boxes."
-    ids = None if labels in (None, 'all') else parse_ids(labels)
-    widths = parse_numbers(slacks, 'slacks')
-    ev = evaluate(npz, store, run, part, widths, ids, tolerance, seed, device)
+    "Score the pretrained and the fine-tuned decoder on held-out cases with the same oracle boxes"
+    ev = evaluate(npz, **kwargs)
+    some = ev.scores[ev.scores.slack.isin((0,20))].round(3)
+    about = 'oracle boxes; mean over patients (95 % bootstrap interval), Wilcoxon p'
     with pd.option_context('display.width', 200, 'display.max_columns', 20):
-        print(ev.scores[ev.scores.slack.isin((0,20))].round(3).to_string(index=False))
-        print(f'\n{ev.what} results, oracle boxes; mean over patients (95 % bootstrap interval), Wilcoxon p\n{ev.table().to_string(index=False)}')
-    names = ', '.join(_named(o, part) for o in ('eval.csv', 'boxes.csv', 'figure.png', 'curve.png', 'worst_*.png'))
-    print(f'\nwritten to {ev.run}: {names}')
+        print(some.to_string(index=False))
+        print(f'\n{ev.what} results, {about}')
+        print(ev.table().to_string(index=False))
+    names = ('eval.csv','boxes.csv','figure.png','curve.png','worst_*.png')
+    files = ', '.join(_named(o, ev.part) for o in names)
+    print(f'\nwritten to {ev.run}: {files}')

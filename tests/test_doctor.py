@@ -500,8 +500,7 @@ def test_command_refuses(tmp_path, home):
     medsam_doctor(*both, quick=True, progress=False)
     medsam_doctor(*both, quick=True, progress=False)
     assert Image.open(tmp_path/'mine.png').format=='PNG'
-    assert ([o.name
-                                                              for o in (tmp_path/'work_dir/doctor').iterdir()]==['d_images.png'])
+    assert [o.name for o in (tmp_path/'work_dir/doctor').iterdir()]==['d_images.png']
 
 def test_command_help_tells_the_exit_codes():
     text = ' '.join(command_parser(medsam_doctor).format_help().split())

@@ -7,7 +7,7 @@ __all__ = ['DISPLAY', 'DrawCase', 'list_cases', 'guess_recipe', 'SliceCache', 'S
            'History', 'Session', 'Canvas', 'display_windows', 'Annotator', 'annotate']
 
 # %% ../nbs/14_draw.ipynb #a2b7a8d8
-import atexit, json, threading, time, traceback
+import atexit, json, threading, time, traceback, weakref
 from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
@@ -27,7 +27,7 @@ from .view import Recipe, View, WINDOWS
 from .volume import (FLAT, MEDICAL, Volume, check_pair, find_cases, has_dicom, image_values, label_values,
                               read_volume, split_name, write_mask)
 
-# %% ../nbs/14_draw.ipynb #1caf7d47
+# %% ../nbs/14_draw.ipynb #0d87f382
 def _check_shape(a):
     "Refuse an array that is no slice, no volume and no colour of either"
     colour = a.ndim==4 and a.shape[-1]==3 and a.dtype==np.uint8
@@ -36,7 +36,7 @@ def _check_shape(a):
                          '(H,W,3) and (D,H,W,3) as uint8; of a 4-D image, take one volume: a[0]')
     if not a.size: raise InputError(f'the array has shape {a.shape}: there is nothing in it')
 
-# %% ../nbs/14_draw.ipynb #7b6fa93c
+# %% ../nbs/14_draw.ipynb #4a7d0eb0
 def _as_volume(a, name, values=image_values, like=None):
     "An array as a `Volume`: (H,W), (D,H,W), (H,W,3) or (D,H,W,3)"
     a = np.asarray(a)
@@ -46,7 +46,7 @@ def _as_volume(a, name, values=image_values, like=None):
     if like is None: return Volume(values(a, name), (1,1,1), name)
     return Volume(values(a, name), like.spacing, name, source=like.source)
 
-# %% ../nbs/14_draw.ipynb #8ae1ecb7
+# %% ../nbs/14_draw.ipynb #3f7777a3
 @dataclass
 class DrawCase:
     "Something to draw on: where its image is, and its label if there is one"
@@ -62,7 +62,7 @@ class DrawCase:
         vol = replace(vol, array=image_values(vol.array, 'the image'))
         return vol, None if self.label is None else self._read_label(vol)
 
-# %% ../nbs/14_draw.ipynb #a47e7d14
+# %% ../nbs/14_draw.ipynb #1db8ae67
 @patch
 def _read_label(self:DrawCase, vol):
     lab = self.label
@@ -71,7 +71,7 @@ def _read_label(self:DrawCase, vol):
     check_pair(vol, lab)
     return replace(lab, array=label_values(lab.array, 'the label'))
 
-# %% ../nbs/14_draw.ipynb #a003eef7
+# %% ../nbs/14_draw.ipynb #198f28ec
 def _is_image(p):
     if p.name.startswith('.'): return False
     return has_dicom(p) or (p.is_file() and split_name(p)[1] in MEDICAL+FLAT)
@@ -79,7 +79,7 @@ def _is_image(p):
 def _images(folder): return sorted(p for p in folder.iterdir() if _is_image(p))
 def _unlabelled(paths): return [DrawCase(split_name(p)[0], p) for p in paths]
 
-# %% ../nbs/14_draw.ipynb #72da758c
+# %% ../nbs/14_draw.ipynb #a5063c26
 def _cases_in(folder, labels):
     "The cases of a folder: images/ and labels/, image files, or one DICOM series"
     images = folder/'images' if (folder/'images').is_dir() else folder
@@ -93,7 +93,7 @@ def _cases_in(folder, labels):
     alone = [p for p in found.unpaired if p.parent==Path(images)]
     return [DrawCase(c.case, c.image, c.label) for c in found]+_unlabelled(alone)
 
-# %% ../nbs/14_draw.ipynb #6ceccf11
+# %% ../nbs/14_draw.ipynb #750b6937
 def _find(path):
     "A path as it is, or below the project folder"
     elsewhere = not Path(path).exists() and (home()/path).exists()
@@ -104,7 +104,7 @@ def _array_case(a, labels):
     vol = a if known else _as_volume(a, 'array')
     return DrawCase(vol.case or 'array', vol, labels, 'mm' if known else 'px')
 
-# %% ../nbs/14_draw.ipynb #b81f741d
+# %% ../nbs/14_draw.ipynb #4ab37eca
 def list_cases(
     source=None, # folder, file, DICOM folder, `Volume` or array; None: a phantom
     labels=None, # folder or file of labels, a `Volume` or an array; in a FLARE22 folder they are found
@@ -128,7 +128,7 @@ def guess_recipe(
     if vol.array.dtype==np.uint8: return Recipe(modality='Photo')
     return Recipe(modality='CT' if vol.array.min()<-200 else 'MR')
 
-# %% ../nbs/14_draw.ipynb #0d532b52
+# %% ../nbs/14_draw.ipynb #520ca845
 class SliceCache:
     "Embeddings of a volume's slices: remembered, from a store, or encoded now"
     def __init__(self,
@@ -168,7 +168,14 @@ class SliceCache:
         old = [k for k in self.cache if k!=z and k not in self.wanted[:1]]
         for k in old[:max(0, len(self.cache)-self.keep)]: del self.cache[k]
 
-# %% ../nbs/14_draw.ipynb #0a75f50d
+# %% ../nbs/14_draw.ipynb #8e00f80e
+def _end(embedder):
+    "When Python ends: a thread that is inside torch then would abort the process"
+    e = embedder()
+    if e is None: return
+    e.close()
+    e.thread.join(60)
+
 class SliceEmbedder(SliceCache):
     "A `SliceCache` that prepares slices in the background"
     def __init__(self,
@@ -201,14 +208,10 @@ class SliceEmbedder(SliceCache):
 
     def _start(self):
         self.thread = threading.Thread(target=lambda: self._work(), daemon=True, name='medsam_nb embeddings')
-        atexit.register(self._end) # a thread inside torch when Python ends aborts the process
+        atexit.register(_end, weakref.ref(self))
         self.thread.start()
 
-    def _end(self):
-        self.close()
-        self.thread.join(30)
-
-# %% ../nbs/14_draw.ipynb #1cf59a7b
+# %% ../nbs/14_draw.ipynb #6d543402
 @patch
 def _next(self:SliceEmbedder):
     "Wait for a slice that is wanted and not there; None at the end"
@@ -219,7 +222,7 @@ def _next(self:SliceEmbedder):
             if todo and (quiet or todo[0]==self.wanted[0]): return todo[0]
             self.news.wait(.2 if todo else None)
 
-# %% ../nbs/14_draw.ipynb #07905d78
+# %% ../nbs/14_draw.ipynb #50b03eaa
 @patch
 def _try(self:SliceEmbedder, z):
     "Make slice `z`; returns the error if there was one"
@@ -236,9 +239,8 @@ def _work(self:SliceEmbedder):
         if self.on_ready is None or self.closed: continue
         try: self.on_ready(z, error)
         except Exception: traceback.print_exc() # the thread has to live on
-    atexit.unregister(self._end)
 
-# %% ../nbs/14_draw.ipynb #7218c455
+# %% ../nbs/14_draw.ipynb #3b4b337e
 def _unfit(store, at, case, recipe, sam):
     "Why a store cannot serve a case; '' if it can"
     if store.attrs.get('encoder_sha256')!=sam.encoder_sha256: return 'the store is of another model'
@@ -250,7 +252,7 @@ def _unfit(store, at, case, recipe, sam):
     if files and source_hash(case.image, case.label)==made['source_sha256']: return ''
     return 'the store was made from other files'
 
-# %% ../nbs/14_draw.ipynb #7ae493f2
+# %% ../nbs/14_draw.ipynb #1ab7065b
 def stored_slices(
     store, # `EmbeddingStore`, a path, or None
     case:DrawCase, # image and label as files
@@ -268,7 +270,7 @@ def stored_slices(
     index = {z:i for i,z in enumerate(store.group[at].attrs['z']) if i not in gone}
     return (lambda z: emb[index[z]] if z in index else None), ''
 
-# %% ../nbs/14_draw.ipynb #21eb334c
+# %% ../nbs/14_draw.ipynb #2110eae4
 @dataclass
 class Answer:
     "One mask: for which prompt, and how good"
@@ -282,7 +284,7 @@ class Answer:
         scores = '' if self.dsc is None else f', DSC {self.dsc:.3f}, NSD {self.nsd:.3f}'
         return f'Answer({self.prompt.kind}, {self.mask.sum()} px, predicted IoU {self.iou:.2f}{scores})'
 
-# %% ../nbs/14_draw.ipynb #0b6846ad
+# %% ../nbs/14_draw.ipynb #31cbacc4
 class History:
     "Prompts by object and slice, and what they were before; a state is a dict that is replaced, never changed"
     def __init__(self):
@@ -332,7 +334,7 @@ class History:
             self.prompts = self.settled = here.pop()
             return True
 
-# %% ../nbs/14_draw.ipynb #31c2b9b5
+# %% ../nbs/14_draw.ipynb #57971bed
 class Session(History):
     "One case being drawn on: volume, objects, prompts with their history, masks"
     def __init__(self,
@@ -384,7 +386,7 @@ class Session(History):
     def __repr__(self):
         return f'Session({self.case.name!r}: {self.shape}, {len(self.objects)} objects, {len(self.prompts)} prompts)'
 
-# %% ../nbs/14_draw.ipynb #e15d0583
+# %% ../nbs/14_draw.ipynb #781e9f8c
 @patch
 def add_object(self:Session,
     name:str, # what to call it
@@ -399,7 +401,7 @@ def add_object(self:Session,
     self.objects.append(dict(id=int(id), name=name, colour=color(id)))
     return id
 
-# %% ../nbs/14_draw.ipynb #f8d0d5e7
+# %% ../nbs/14_draw.ipynb #6638e277
 @patch
 def set_prompt(self:Session,
     object:int, # id of the object
@@ -415,7 +417,7 @@ def set_prompt(self:Session,
     new = None if prompt is None else as_prompt(prompt, self.shape[1:])
     self.put((object,int(z)), new, remember)
 
-# %% ../nbs/14_draw.ipynb #6cfb4e6f
+# %% ../nbs/14_draw.ipynb #e89ae81d
 @patch
 def truth(self:Session,
     object:int, # id
@@ -424,7 +426,7 @@ def truth(self:Session,
     "The label of an object on a slice; None for an object that the label does not know"
     return self.label.array[z]==object if object in self.known else None
 
-# %% ../nbs/14_draw.ipynb #bd267bce
+# %% ../nbs/14_draw.ipynb #08f9b944
 @patch
 def _scores(self:Session, mask, object, z):
     "DSC and NSD (at 1 mm) on the slice, worked out in the part of it where anything is"
@@ -436,14 +438,14 @@ def _scores(self:Session, mask, object, z):
     part = np.s_[ys[0]:ys[-1]+1, xs[0]:xs[-1]+1]
     return dsc(mask[part], t[part]), nsd(mask[part], t[part], tuple(self.vol.spacing[1:]), 1.)
 
-# %% ../nbs/14_draw.ipynb #866d731f
+# %% ../nbs/14_draw.ipynb #0132faa5
 @patch
 def _ask(self:Session, decoder, z, prompt):
     "A `Prediction` for one prompt"
     p = Predictor(self.sams[decoder], quiet=True)
     return p.set_embedding(self.embedder(decoder).get(z), self.grid).ask([prompt], self.vol.spacing)
 
-# %% ../nbs/14_draw.ipynb #aa787ba8
+# %% ../nbs/14_draw.ipynb #5a79326a
 @patch
 def segment(self:Session,
     decoder:str, # a key of `sams`
@@ -460,7 +462,7 @@ def segment(self:Session,
     self.answers[decoder,object,z] = a = Answer(prompt, mask, float(pred.iou[0]), *self._scores(mask, object, z))
     return a
 
-# %% ../nbs/14_draw.ipynb #e1786634
+# %% ../nbs/14_draw.ipynb #2e407d7f
 @patch
 def label_map(self:Session,
     decoder:str=None, # a key of `sams`; default the first
@@ -473,13 +475,13 @@ def label_map(self:Session,
     for (o,z),m in sorted(masks.items(), key=lambda r: -r[1].sum()): out[z][m] = o
     return out
 
-# %% ../nbs/14_draw.ipynb #02d8718f
+# %% ../nbs/14_draw.ipynb #3d821ece
 def _alive(new, old, min_pixels, jump):
     "Is a mask a plausible continuation of its neighbour?"
     n,o = new.sum(),old.sum()
     return n>=min_pixels and (new&old).any() and o/jump<=n<=o*jump
 
-# %% ../nbs/14_draw.ipynb #089e50e9
+# %% ../nbs/14_draw.ipynb #91cd48a1
 @patch
 def _box_after(self:Session, mask, margin):
     "The prompt for the neighbour of a slice with this mask"
@@ -487,14 +489,14 @@ def _box_after(self:Session, mask, margin):
     box = mask_to_box(mask)+np.array([-1,-1,1,1])*margin
     return Box(tuple(box.clip(0, [W,H,W,H]).tolist()), carried=True)
 
-# %% ../nbs/14_draw.ipynb #71209a16
+# %% ../nbs/14_draw.ipynb #3c1bf615
 @patch
 def _may_carry(self:Session, object, k, last):
     "Is slice `k` free, and its neighbour `last` still there?"
     there = self.settled.get((object,k))
     return (object,last) in self.settled and (there is None or there.carried)
 
-# %% ../nbs/14_draw.ipynb #f4d2295f
+# %% ../nbs/14_draw.ipynb #67dd399b
 @patch
 def carry(self:Session,
     decoder:str, # a key of `sams`
@@ -519,13 +521,13 @@ def carry(self:Session,
             yield k
             old,k = new,k+step
 
-# %% ../nbs/14_draw.ipynb #a011d590
+# %% ../nbs/14_draw.ipynb #57d7dd1c
 @patch(as_prop=True)
 def asks(self:Session)->list: # of `Ask`
     "What was drawn, by slice and object"
     return [Ask(z, o, p) for (o,z),p in sorted(self.settled.items(), key=lambda r: r[0][::-1])]
 
-# %% ../nbs/14_draw.ipynb #530f77af
+# %% ../nbs/14_draw.ipynb #8143be6f
 @patch
 def to_json(self:Session)->dict:
     "Objects and prompts, ready for `json.dump`"
@@ -533,10 +535,10 @@ def to_json(self:Session)->dict:
     return dict(format='medsam_nb prompts', version=1, case=self.case.name, shape=list(self.shape),
                 objects=self.objects, prompts=rows)
 
-# %% ../nbs/14_draw.ipynb #fcfc733b
+# %% ../nbs/14_draw.ipynb #681e93cc
 def _saved(data): return read_prompts(data if isinstance(data, dict) else _find(data))
 
-# %% ../nbs/14_draw.ipynb #b5160e62
+# %% ../nbs/14_draw.ipynb #6a3db7fd
 @patch
 def from_json(self:Session,
     data, # what `to_json` gave, or the path of a file with it
@@ -548,7 +550,7 @@ def from_json(self:Session,
         self.objects += [o for o in objects if o['id'] not in known]
         self.settle(new)
 
-# %% ../nbs/14_draw.ipynb #9bb218da
+# %% ../nbs/14_draw.ipynb #c0652cfc
 @patch
 def save_prompts(self:Session,
     path, # of the JSON file
@@ -559,7 +561,7 @@ def save_prompts(self:Session,
     with atomic_path(path, overwrite=overwrite) as tmp: tmp.write_text(text, encoding='utf-8')
     return Path(path)
 
-# %% ../nbs/14_draw.ipynb #4c89e409
+# %% ../nbs/14_draw.ipynb #6121bbc9
 @patch
 def save_masks(self:Session,
     path, # of the masks
@@ -585,7 +587,7 @@ class Canvas(anywidget.AnyWidget):
     opacity,contour = tr.Float(.45).tag(sync=True),tr.Bool(True).tag(sync=True)
     status = tr.Unicode('').tag(sync=True)
 
-# %% ../nbs/14_draw.ipynb #c6a883e7
+# %% ../nbs/14_draw.ipynb #54656e56
 def _bits(mask): return np.packbits(mask).tobytes()
 
 @patch(as_prop=True)
@@ -594,7 +596,7 @@ def pixel(self:Session)->dict: # spacing (row, column) and unit
     if self.vol.flat or self.case.unit=='px': return dict(spacing=[1.,1.], unit='px')
     return dict(spacing=[float(s) for s in self.vol.spacing[1:]], unit='mm')
 
-# %% ../nbs/14_draw.ipynb #2dfdc527
+# %% ../nbs/14_draw.ipynb #c9218ce4
 @patch
 def picture(self:Session,
     z:int, # slice
@@ -606,7 +608,7 @@ def picture(self:Session,
     return dict(z=int(z), width=a.shape[1], height=a.shape[0], dtype='rgb' if a.ndim==3 else a.dtype.name,
                 pixels=a.tobytes(), truth=there, **self.pixel)
 
-# %% ../nbs/14_draw.ipynb #441e2f62
+# %% ../nbs/14_draw.ipynb #61eef21c
 @patch
 def answer(self:Session,
     z:int, # slice
@@ -621,18 +623,18 @@ def answer(self:Session,
     said = {str(i):p.to_dict() for i,p in here.items()}
     return dict(seq=seq, z=int(z), panes=panes, prompts=said, model_ms=spent)
 
-# %% ../nbs/14_draw.ipynb #51b84d97
+# %% ../nbs/14_draw.ipynb #d50e576f
 @patch
 def _pane(self:Session, decoder, z, prompts):
     if not self.embedder(decoder).ready(z): return []
     masks = {i:self.segment(decoder, i, z, p) for i,p in prompts.items()}
     return [dict(id=i, bits=_bits(a.mask), iou=a.iou, dsc=a.dsc, nsd=a.nsd) for i,a in masks.items()]
 
-# %% ../nbs/14_draw.ipynb #467336d5
+# %% ../nbs/14_draw.ipynb #b990b0c8
 DISPLAY = {'abdomen':WINDOWS['abdomen'], 'liver':(-30,200), 'lung':(-1350,150), 'bone':(-450,1050), 'brain':(0,80),
            'model (medsam)':WINDOWS['medsam']} # lower and upper limit, HU
 
-# %% ../nbs/14_draw.ipynb #e373c93d
+# %% ../nbs/14_draw.ipynb #c6708b63
 def display_windows(
     view:View, # the volume as the model sees it
 )->dict: # name -> (low, high), the first is shown first
@@ -643,14 +645,14 @@ def display_windows(
     def wide(lo, hi): return lo, hi if hi>lo else lo+1
     return {'as the model sees it':wide(*seen), 'all values':wide(float(a.min()), float(a.max()))}
 
-# %% ../nbs/14_draw.ipynb #e45ba6b6
+# %% ../nbs/14_draw.ipynb #3f6502f4
 def _tools(): return [t for k in KINDS.values() for t in k.tools]+[('ruler', 'ruler', 'Measure; changes nothing')]
 def _look(width, text=40):
     return dict(layout=widgets.Layout(width=f'{width}px'), style=dict(description_width=f'{text}px'))
 def _switch(**kwargs):
     return widgets.ToggleButtons(layout=widgets.Layout(width='auto'), style=dict(button_width='auto'), **kwargs)
 
-# %% ../nbs/14_draw.ipynb #b1da68f3
+# %% ../nbs/14_draw.ipynb #32fb88d6
 def _pickers(cases, views):
     "What to draw on, for what, and with what"
     names,texts,tips = zip(*_tools())
@@ -662,7 +664,7 @@ def _pickers(cases, views):
         tool=_switch(options=list(zip(texts, names)), tooltips=tips),
         window=widgets.Dropdown(description='window', **_look(220, 55)))
 
-# %% ../nbs/14_draw.ipynb #0dcf0319
+# %% ../nbs/14_draw.ipynb #419e1061
 def _button(icon, tip, text=''):
     layout = widgets.Layout(width='auto', min_width='40px')
     return widgets.Button(icon=icon, tooltip=tip, description=text, layout=layout)
@@ -676,7 +678,7 @@ def _buttons():
         carry=_button('arrows-v', 'Use this box on the next slices, up and down, while the mask lives', 'carry on'),
         save=_button('save', 'Masks as NIfTI in the geometry of the scan, and prompts as JSON beside them', 'save'))
 
-# %% ../nbs/14_draw.ipynb #24c572c0
+# %% ../nbs/14_draw.ipynb #0ad5a443
 def _fields():
     "How to look at it, and where to keep it"
     box = dict(indent=False, layout=widgets.Layout(width='auto'))
@@ -687,7 +689,7 @@ def _fields():
         path=widgets.Text(description='file', **_look(420)),
         overwrite=widgets.Checkbox(description='overwrite', value=False, **box))
 
-# %% ../nbs/14_draw.ipynb #be102e15
+# %% ../nbs/14_draw.ipynb #c6b7c43c
 class Annotator(widgets.VBox):
     "The cell that segments as you draw; made by `annotate`"
     def __init__(self,
@@ -729,7 +731,7 @@ class Annotator(widgets.VBox):
         super().close()
     def __repr__(self): return f'Annotator({self.session!r}, {self.decoder})'
 
-# %% ../nbs/14_draw.ipynb #60c4ed70
+# %% ../nbs/14_draw.ipynb #b54cf81a
 @patch(as_prop=True)
 def decoders(self:Annotator):
     shown = self.ui['decoder'].value
@@ -750,7 +752,7 @@ def boxes(self:Annotator):
     table = table_of(self.session.asks, self.volume.shape[1:], self.volume.spacing)
     return table[BOX_COLUMNS].dropna(ignore_index=True)
 
-# %% ../nbs/14_draw.ipynb #6be92ec0
+# %% ../nbs/14_draw.ipynb #f65d1801
 @patch
 def refresh(self:Annotator):
     "Send the canvas what it should paint now"
@@ -761,7 +763,7 @@ def refresh(self:Annotator):
         self.canvas.answer = s.answer(z, self.decoders, self.seq)
         self.canvas.status = self.said or (self._note(z) if s.ready(z) else 'preparing this slice …')
 
-# %% ../nbs/14_draw.ipynb #cb895cf9
+# %% ../nbs/14_draw.ipynb #c9ac483a
 @patch
 def _note(self:Annotator, z):
     s = self.session
@@ -769,7 +771,7 @@ def _note(self:Annotator, z):
     if prompt is None or prompt.asked(s.grid, s.vol.spacing).keys()=={'boxes'}: return ''
     return click_note(s.sams[self.decoder])
 
-# %% ../nbs/14_draw.ipynb #0507da18
+# %% ../nbs/14_draw.ipynb #b618469d
 @patch
 def show(self:Annotator,
     z:int, # slice
@@ -786,7 +788,7 @@ def _on_ready(self:Annotator, z, error):
     if error is not None: self.say(str(error) if isinstance(error, InputError) else f'{type(error).__name__}: {error}')
     if z==self.canvas.z: self.refresh()
 
-# %% ../nbs/14_draw.ipynb #9c739d06
+# %% ../nbs/14_draw.ipynb #f0bce42b
 @patch
 def load_case(self:Annotator,
     index:int, # of `cases`
@@ -807,7 +809,7 @@ def load_case(self:Annotator,
         self.say(f'embeddings are made here, not read: {new.note}' if new.note else '')
         self.show(self.canvas.z)
 
-# %% ../nbs/14_draw.ipynb #ac9b82a5
+# %% ../nbs/14_draw.ipynb #f02548e2
 @patch
 def _set_controls(self:Annotator, active):
     "Everything on the values of a case that was just opened"
@@ -826,7 +828,7 @@ def _set_controls(self:Annotator, active):
     u['slice'].layout.display = None if s.shape[0]>1 else 'none'
     self._set_objects(active)
 
-# %% ../nbs/14_draw.ipynb #74ec16d7
+# %% ../nbs/14_draw.ipynb #e9119a66
 @patch
 def _set_objects(self:Annotator, active):
     "Tell picker and canvas what there is"
@@ -860,7 +862,7 @@ def _on_gestures(self:Annotator, change):
             self._take_gesture(g)
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #9b9082fb
+# %% ../nbs/14_draw.ipynb #e2d4bc56
 @patch
 @_sentence
 def _take_gesture(self:Annotator, g):
@@ -869,7 +871,7 @@ def _take_gesture(self:Annotator, g):
     self.session.busy()
     self.session.set_prompt(g.get('object'), g.get('z'), g.get('prompt'), remember=bool(g.get('done')))
 
-# %% ../nbs/14_draw.ipynb #4c850f76
+# %% ../nbs/14_draw.ipynb #bf74ddc2
 @patch
 def set_prompt(self:Annotator,
     object:int, # id of the object
@@ -881,7 +883,7 @@ def set_prompt(self:Annotator,
         self.session.set_prompt(object, z, prompt)
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #4ac3d76a
+# %% ../nbs/14_draw.ipynb #bce29e96
 @patch
 def undo(self:Annotator, *_):
     "Take back the last gesture"
@@ -896,7 +898,7 @@ def redo(self:Annotator, *_):
         self.say('' if self.session.redo() else 'nothing to redo')
         self.refresh()
 
-# %% ../nbs/14_draw.ipynb #9332c127
+# %% ../nbs/14_draw.ipynb #c62b7b6e
 @patch
 @_sentence
 def _clear(self:Annotator, *_): self.set_prompt(self.canvas.active, self.canvas.z, None)
@@ -907,7 +909,7 @@ def _add(self:Annotator, *_):
     with self.lock: self._set_objects(self.session.add_object(self.ui['name'].value))
     self.ui['name'].value = ''
 
-# %% ../nbs/14_draw.ipynb #fd4ac097
+# %% ../nbs/14_draw.ipynb #c60005e1
 @patch
 @_sentence
 def carry(self:Annotator)->list: # the slices reached
@@ -926,7 +928,7 @@ def carry(self:Annotator)->list: # the slices reached
     self.refresh()
     return reached
 
-# %% ../nbs/14_draw.ipynb #bfc44e95
+# %% ../nbs/14_draw.ipynb #f62f19e5
 @patch
 def _carry_beside(self:Annotator):
     self.moving,self.ui['carry'].description = True,'stop'
@@ -939,7 +941,7 @@ def _on_carry(self:Annotator, *_):
     if self.moving: self.stop = True
     else: threading.Thread(target=self._carry_beside, daemon=True, name='medsam_nb carry').start()
 
-# %% ../nbs/14_draw.ipynb #8e32341f
+# %% ../nbs/14_draw.ipynb #3b2687d1
 @patch
 def save(self:Annotator,
     path=None, # of the masks; default what the file field says
@@ -953,7 +955,7 @@ def save(self:Annotator,
     masks = self.session.save_masks(path, self.decoder, overwrite)
     return masks, self.session.save_prompts(prompts, overwrite)
 
-# %% ../nbs/14_draw.ipynb #1efca098
+# %% ../nbs/14_draw.ipynb #a341a87e
 @patch
 @_sentence
 def _on_save(self:Annotator, *_):
@@ -961,7 +963,7 @@ def _on_save(self:Annotator, *_):
     masks,prompts = self.save(overwrite=self.ui['overwrite'].value)
     self.say(f'wrote {masks} and {prompts.name}')
 
-# %% ../nbs/14_draw.ipynb #1bc1d458
+# %% ../nbs/14_draw.ipynb #1f6f0932
 @patch
 @_sentence
 def _on_slice(self:Annotator, change):
@@ -971,7 +973,7 @@ def _on_slice(self:Annotator, change):
         self.said,s.prompts = '',s.settled # a drag that was going on is over
         self.show(min(max(change.new, 0), s.shape[0]-1))
 
-# %% ../nbs/14_draw.ipynb #b7a354a2
+# %% ../nbs/14_draw.ipynb #3ffb222f
 @patch
 @_sentence
 def _on_case(self:Annotator, change):
@@ -987,7 +989,7 @@ def _on_window(self:Annotator, change):
     listed = self.ui['window'].value
     if listed and list(listed)!=change.new: self.ui['window'].value = None
 
-# %% ../nbs/14_draw.ipynb #01d9575f
+# %% ../nbs/14_draw.ipynb #dc055b40
 @patch
 def _wire(self:Annotator):
     "Connect every control with what it does"
@@ -1007,7 +1009,7 @@ def _wire(self:Annotator):
                    save=self._on_save)
     for name,f in pressed.items(): u[name].on_click(f)
 
-# %% ../nbs/14_draw.ipynb #7f44fb5c
+# %% ../nbs/14_draw.ipynb #b0109bbc
 def _decoders(model, checkpoint, device):
     "The pretrained model, and the fine-tuned one if there is a checkpoint; the same image encoder is held once"
     sam = load_model(model, None, device) if isinstance(model, str) else model
@@ -1017,7 +1019,7 @@ def _decoders(model, checkpoint, device):
     if tuned.encoder_sha256==sam.encoder_sha256: tuned.image_encoder = sam.image_encoder
     return {'pretrained':sam, 'fine-tuned':tuned}
 
-# %% ../nbs/14_draw.ipynb #63871eee
+# %% ../nbs/14_draw.ipynb #3c128895
 @patch
 def _take(self:Annotator, saved):
     "Saved prompts, on the case they were drawn on"
@@ -1031,7 +1033,7 @@ def _take(self:Annotator, saved):
     self._set_objects(self.canvas.active)
     self.refresh()
 
-# %% ../nbs/14_draw.ipynb #b2c9d6c0
+# %% ../nbs/14_draw.ipynb #15c01cb4
 def annotate(
     source=None, # folder, file, DICOM folder, `Volume` or array; None: a phantom
     labels=None, # folder or file of labels, a `Volume` or an array, for true outlines and scores

@@ -30,6 +30,7 @@ from .view import Grid
 SLACKS = (-5, 0, 5, 10, 15, 20)
 _BOX = dict(i=int, z=int, label=int, slack=float, x0=float, y0=float, x1=float, y1=float)
 
+# %% ../nbs/12_evaluate.ipynb #ebb01406
 def draw_boxes(
     case:CuratedCase, # as read by `read_npz`
     slacks=SLACKS, # pixels of the grid; < 0 inward, 0 tight
@@ -71,6 +72,7 @@ def _on_grid(logits, size):
     masks = grid.mask_from_grid(torch.from_numpy(logits))
     return (masks>0).numpy()
 
+# %% ../nbs/12_evaluate.ipynb #56dece4b
 def _on_source(logits, z, case):
     "(D,H,W) bool volume on the source grid; slices without a prediction stay empty"
     out = np.zeros(case.labels.shape, bool)
@@ -86,6 +88,7 @@ def _grid_scores(logits, gt, tolerance):
     d,n = score(masks, gt, (1,1,1), tolerance)
     return dict(DSC_256=d, NSD_256=n)
 
+# %% ../nbs/12_evaluate.ipynb #7271114b
 def _source_scores(logits, z, case, value, tolerance):
     "Scores on the source, in mm, and how many slices of the organ have no prediction"
     if case.labels is None:
@@ -164,6 +167,7 @@ def _interval(x):
     m,lo,hi = bootstrap_mean(x)
     return f'{m:.3f} ({lo:.3f} to {hi:.3f})' if len(x)>1 else f'{m:.3f} (one patient)'
 
+# %% ../nbs/12_evaluate.ipynb #b4f78d5b
 def _compare(t):
     "Difference and p of two decoders as words; of one decoder there is none"
     if len(t.columns)!=2: return {}
@@ -171,6 +175,7 @@ def _compare(t):
     more,p = (b-a).mean(),paired_test(a, b)
     return dict(difference=f'{more:+.3f}', p=f'{p:.3g}')
 
+# %% ../nbs/12_evaluate.ipynb #3820e281
 def summarize(
     scores:pd.DataFrame, # rows of eval.csv
     metrics=('DSC','NSD'), # columns of it
@@ -243,6 +248,7 @@ def masks(self:Evaluation, box):
         found[name] = _on_grid(logits, size)[0]
     return case.imgs[i], gt, found
 
+# %% ../nbs/12_evaluate.ipynb #461d5558
 @patch
 def show_box(self:Evaluation, box):
     "Original, oracle box, ground truth and both masks for one row of `boxes`"
@@ -275,6 +281,7 @@ def _named(name, part):
     stem,ext = name.split('.')
     return name if part=='test' else f'{stem}_{part}.{ext}'
 
+# %% ../nbs/12_evaluate.ipynb #04e39902
 def _stored_boxes(path, cases, slacks, label_ids, seed):
     "boxes.csv: read if it is there, else drawn and written; a box once drawn stays"
     drawn = [draw_boxes(c, slacks, label_ids, seed) for c in cases]
@@ -304,6 +311,7 @@ def _no_leak(cases, cfg, folder):
         raise InputError(f'the run was trained on patients of the test part: {both}; '
                          'scores would be worthless: curate and fine-tune again with one split')
 
+# %% ../nbs/12_evaluate.ipynb #a6070dad
 def _unscored(case, boxes, wanted):
     "How many organs of a case have no slice in the npz: no embedding, no box, no score"
     if case.labels is None: return 0
@@ -321,22 +329,6 @@ def _open_run(run, tolerance):
         raise InputError(f'tolerance is {tolerance}: it has to be 0 mm or more')
     return read_json(run/'config.json')
 
-def _save(ev, fig, name):
-    import matplotlib.pyplot as plt
-    with atomic_path(ev.run/_named(name, ev.part)) as p:
-        fig.savefig(p, dpi=110, bbox_inches='tight')
-    plt.close(fig)
-
-def _figures(ev):
-    "curve.png, figure.png (a typical case) and worst_1.png to worst_3.png, in the run's folder"
-    slack = max(ev.boxes.slack)
-    boxes = ev.boxes[ev.boxes.slack==slack]
-    typical = boxes.iloc[len(boxes)//2]
-    _save(ev, ev.show().figure, 'curve.png')
-    _save(ev, ev.show_box(typical), 'figure.png')
-    for k,(_,box) in enumerate(ev.worst(3, slack).iterrows()):
-        _save(ev, ev.show_box(box), f'worst_{k+1}.png')
-
 # %% ../nbs/12_evaluate.ipynb #40138f56
 def _kind(cases, part):
     "What the figures say about the cases"
@@ -349,10 +341,29 @@ def _models(cfg, run, device):
     best = load_model(cfg['model'], run/'best.pth', device)
     return {'pretrained':start, 'fine-tuned':best}
 
+# %% ../nbs/12_evaluate.ipynb #75378c8f
 def _forget(case):
     "Let go of what is read again when needed: memory stays small"
     for k in ('imgs','gts','labels'):
         case.__dict__.pop(k, None)
+
+# %% ../nbs/12_evaluate.ipynb #2d5f53ae
+def _save(ev, fig, name):
+    import matplotlib.pyplot as plt
+    with atomic_path(ev.run/_named(name, ev.part)) as p:
+        fig.savefig(p, dpi=110, bbox_inches='tight')
+    plt.close(fig)
+
+# %% ../nbs/12_evaluate.ipynb #f1ec3060
+def _figures(ev):
+    "curve.png, figure.png (a typical case) and worst_1.png to worst_3.png, in the run's folder"
+    slack = max(ev.boxes.slack)
+    boxes = ev.boxes[ev.boxes.slack==slack]
+    typical = boxes.iloc[len(boxes)//2]
+    _save(ev, ev.show().figure, 'curve.png')
+    _save(ev, ev.show_box(typical), 'figure.png')
+    for k,(_,box) in enumerate(ev.worst(3, slack).iterrows()):
+        _save(ev, ev.show_box(box), f'worst_{k+1}.png')
 
 # %% ../nbs/12_evaluate.ipynb #24260011
 @renamed(labels='label_ids')

@@ -43,6 +43,7 @@ def _pieces(mask, split, min_pixels):
     "Numbers of the pieces of a mask; -1 is all of it"
     return range(len(instances(mask, min_pixels))) if split else [-1]
 
+# %% ../nbs/11_finetune.ipynb #463ddb2a
 def list_samples(
     files, # .npz files of curated cases
     label_ids=None, # source label ids to train on; default all that were curated
@@ -102,6 +103,7 @@ def _mask(self:PromptDataset, n):
     m = _gts(self.files[s.file])[s.i]==s.value
     return m if s.piece<0 else instances(m)[s.piece]
 
+# %% ../nbs/11_finetune.ipynb #88fa17e2
 @patch
 def _box(self:PromptDataset, n, mask):
     "(4,) float32 on the grid: the mask's box, moved by this epoch's randomness"
@@ -210,6 +212,7 @@ def _need(self:Config, name, ok, what):
     value = getattr(self, name)
     if not ok: raise InputError(f'{name} is {value!r}: it has to be {what}')
 
+# %% ../nbs/11_finetune.ipynb #3ec93004
 @patch
 def check(self:Config)->Config:
     "The settings themselves; `InputError` for one that cannot be"
@@ -231,6 +234,7 @@ def _read_config(run):
     if 'labels' in old: old['label_ids'] = old.pop('labels')
     return old
 
+# %% ../nbs/11_finetune.ipynb #8637b104
 def _changes(old, new):
     "What differs, in words; more epochs are fine, and the data may move: data_sha256 knows it"
     free = ('epochs','package_version','npz','store')
@@ -252,6 +256,7 @@ def _check_run(run, new):
         raise InputError(f'{run} is not empty and holds no config.json, so it is not a run of ours: '
                          'give another run name')
 
+# %% ../nbs/11_finetune.ipynb #acab01e5
 def _open_run(run, cfg, facts):
     "Make the run folder with its config.json, or check that it holds the same run"
     new = json.loads(json.dumps(asdict(cfg)|facts))
@@ -309,6 +314,7 @@ def train_epoch(
     dice,bce,n = acc.reduce(total).tolist()
     return dice/n, bce/n
 
+# %% ../nbs/11_finetune.ipynb #ac2aae64
 def _accelerator(device, mixed_precision):
     "One process on the chosen device, or whatever `accelerate launch` set up"
     if PartialState().num_processes==1:
@@ -380,6 +386,7 @@ def _write_log(run, rows):
     with atomic_path(run/'log.csv') as p:
         log.to_csv(p, index=False)
 
+# %% ../nbs/11_finetune.ipynb #458959a5
 def _save_state(acc, run, rows, best):
     "Put state-<epoch> in place, then forget the older ones and write what people read"
     epoch = rows[-1]['epoch']
@@ -473,6 +480,7 @@ def _tell(tb, rows, callback):
     tb.flush()
     if callback: callback(pd.DataFrame(rows))
 
+# %% ../nbs/11_finetune.ipynb #67c45610
 def _bar(loop, cfg, run, done):
     "A progress bar in samples, on the main process"
     n = len(loop.sampler)
@@ -528,6 +536,7 @@ def _who(folder, train, val):
     data = hashlib.sha256(made_of.encode()).hexdigest()
     return dict(train=names[:n], validate=names[n:], patients=patients, data_sha256=data)
 
+# %% ../nbs/11_finetune.ipynb #326a8ce6
 def _assert_frozen(sam, fresh):
     "Not one weight of the two encoders has changed"
     for part in ('image_encoder','prompt_encoder'):
@@ -546,6 +555,7 @@ def _config(npz, store, model, kwargs):
     store = str(store or default_store(npz, model))
     return Config(str(npz), store, model, **kwargs).check()
 
+# %% ../nbs/11_finetune.ipynb #6d86c4e8
 @renamed(labels='label_ids')
 @delegates(Config)
 def finetune(

@@ -68,15 +68,18 @@ def _norm(*v):
     "Length of the vectors whose components are the fields `v`"
     return np.sqrt(sum(c**2 for c in v))
 
+# %% ../nbs/04_phantom.ipynb #dbf4728d
 def _cone_field(p, a, b):
     "Signed distance in mm from the points `p` = (x, y, z) to the cone between the beads `a` and `b`"
-    d = b-a
-    e = d[:3]/max(float(d[:3]@d[:3]), 1e-6)
+    d,swell = (b-a)[:3], (b-a)[3]
+    e = d/max(float(d@d), 1e-6)
     off = [q-s for q,s in zip(p, a)]
     along = sum(q*s for q,s in zip(off, e))
     t = np.minimum(np.maximum(along, 0), 1)
-    return _norm(*(q-t*s for q,s in zip(off, d)))-(a[3]+t*d[3])
+    across = [q-t*s for q,s in zip(off, d)]
+    return _norm(*across)-(a[3]+t*swell)
 
+# %% ../nbs/04_phantom.ipynb #1d00f33a
 def _string_field(p, beads):
     "Signed distance in mm from the points `p` = (x, y, z) to one threaded string"
     out = _cone_field(p, beads[0], beads[1])
@@ -106,8 +109,9 @@ class _Waves:
 
     def __call__(self, p):
         x,y,z = p
-        waves = [np.sin(k[0]*x+k[1]*y+k[2]*z+f) for k,f in zip(self.k, self.phase)]
-        return sum(waves)*np.float32((2/len(waves))**.5)
+        out = 0
+        for (a,b,c),phase in zip(self.k, self.phase): out = out+np.sin(a*x+b*y+c*z+phase)
+        return out*np.float32((2/len(self.k))**.5)
 
 # %% ../nbs/04_phantom.ipynb #015f2315
 class _Part:
@@ -169,7 +173,8 @@ def _draw_part(name, strings, rng):
     for b in out:
         middle = b[:,:3].mean(0)
         wobble = vary(t['wobble'], len(b), 3)
-        b[:,:3] = (b[:,:3]-middle)*grow+middle+shift+wobble
+        grown = (b[:,:3]-middle)*grow
+        b[:,:3] = grown+middle+shift+wobble
         b[:,3] *= grow
     return _Part(out, t['rough'], _Waves(rng, t['wave']), t['blend'], t['flat'])
 
@@ -203,16 +208,20 @@ class _Person:
 def _settle(part, onto, sunk=.25, steps=8):
     "`part` moved until its thickest bead lies `sunk` of its radius outside the surface of `onto`"
     def f(q): return float(onto(tuple(np.float32(v) for v in q)))
+    def slope(c, e): return (f(c+e)-f(c-e))/4
     for _ in range(steps):
         s = part.strings[0]
         *c,r = s[s[:,3].argmax()].astype(float)
-        grad = np.array([(f(c+e)-f(c-e))/4 for e in 2*np.eye(3)])
-        step = -(f(c)-sunk*r)*grad/max(grad@grad, .1)
+        grad = np.array([slope(c, e) for e in 2*np.eye(3)])
+        miss = f(c)-sunk*r
+        step = -miss*grad/max(grad@grad, .1)
         length = max(np.linalg.norm(step), 1e-6)
         part = part.moved(step*min(1, 8/length))
     return part
 
 # %% ../nbs/04_phantom.ipynb #bbf7b8b3
+def _bead(place, r): return (*place,r)
+
 def _draw_loop(rng):
     "A short bent sausage between the organs"
     c = rng.uniform((-55,-74,-130), (88,8,-22))
@@ -222,23 +231,27 @@ def _draw_loop(rng):
     d = d/np.linalg.norm(d)*rng.uniform(14, 40)
     r = rng.uniform(9, 14)
     bend = rng.normal(0, 10, 3)
-    beads = [(*(c-d),r), (*(c+bend),r*1.1), (*(c+d),r)]
+    beads = [_bead(c-d, r), _bead(c+bend, r*1.1), _bead(c+d, r)]
     return _Part([beads], 1., _Waves(rng, 25))
 
+# %% ../nbs/04_phantom.ipynb #0ffc4f89
 def _draw_twigs(rng, n=40):
     "Small vessels in the mesentery"
     c = rng.uniform((-70,-70,-130), (80,0,10), (n,3))
     d = rng.normal(size=(n,3))*(8,8,12)
-    return [_Part([[(*a,1.6), (*b,1.3)]]) for a,b in zip(c-d, c+d)]
+    ends = zip(c-d, c+d)
+    return [_Part([[_bead(a, 1.6), _bead(b, 1.3)]]) for a,b in ends]
 
+# %% ../nbs/04_phantom.ipynb #557f0b9f
 def _draw_tree(rng, root, tips, r):
     "Vessels from `root` to about `tips`, each with two side branches"
     out = []
+    def near(place, sd): return place+rng.normal(0, sd, 3)
     for tip in np.array(tips, float):
-        m = (root+tip)/2+rng.normal(0, 5, 3)
-        out.append([(*root,r), (*m,.72*r), (*(tip+rng.normal(0, 5, 3)),1.1)])
+        m = near((root+tip)/2, 5)
+        out.append([_bead(root, r), _bead(m, .72*r), _bead(near(tip, 5), 1.1)])
         for _ in range(2):
-            out.append([(*m,.55*r), (*(tip+rng.normal(0, 18, 3)),1.)])
+            out.append([_bead(m, .55*r), _bead(near(tip, 18), 1.)])
     return [_Part([s]) for s in out]
 
 # %% ../nbs/04_phantom.ipynb #45432b3b
@@ -246,42 +259,51 @@ def _rng(seed, *place):
     "The generator of person `seed` for one place in the tables"
     return np.random.default_rng([seed,*place])
 
+# %% ../nbs/04_phantom.ipynb #e725caab
 def _draw_parts(seed):
     "Name to `_Part` for everything in the tables"
-    table = (_BEADS|_AROUND).items()
-    parts = {n:_draw_part(n, s, _rng(seed, 1, i)) for i,(n,s) in enumerate(table)}
+    parts = {}
+    for i,(name,strings) in enumerate((_BEADS|_AROUND).items()):
+        parts[name] = _draw_part(name, strings, _rng(seed, 1, i))
     parts['gallbladder'] = _settle(parts['gallbladder'], parts['liver'])
     for side in ('right','left'): # the adrenals ride on the upper poles of their kidneys
         kidney,adrenal = f'{side} kidney', f'{side} adrenal gland'
-        top = parts[kidney].strings[0][0,:3]-_BEADS[kidney][0][0][:3]
-        parts[adrenal] = parts[adrenal].moved(.8*top)
+        (x,y,z,_),*_ = _BEADS[kidney][0]
+        pole = parts[kidney].strings[0][0,:3]
+        parts[adrenal] = parts[adrenal].moved(.8*(pole-(x,y,z)))
     return parts
 
 # %% ../nbs/04_phantom.ipynb #1e3decd3
-_VEINS = dict(root=(-22,0,88), tips=[(-100,10,70), (-70,-50,60), (0,-55,66), (40,-52,66), (-95,40,50)], r=5.)
+_VEINS = dict(
+    root=np.array([-22,0,88]),
+    tips=[(-100,10,70), (-70,-50,60), (0,-55,66), (40,-52,66), (-95,40,50)],
+    r=5.)
 _PORTAL = dict(
-    root=(-36,-2,34),
+    root=np.array([-36,-2,34]),
     tips=[(-100,15,25), (-95,-10,48), (-70,50,40), (-60,-50,40), (10,-50,50), (-90,20,-15)],
     r=5.5)
 
 def _draw_vessels(seed):
     "The two trees in the liver"
-    trees = [_draw_tree(_rng(seed, 2+i), np.array(t['root']), t['tips'], t['r']) for i,t in enumerate((_VEINS,_PORTAL))]
-    return trees[0]+trees[1]
+    veins = _draw_tree(_rng(seed, 2), **_VEINS)
+    return veins+_draw_tree(_rng(seed, 3), **_PORTAL)
 
 # %% ../nbs/04_phantom.ipynb #8a5bd233
+_RANGES = dict(
+    scale=(.94,1.08), depth=(92,102), fat=(7,32), roundness=(2.15,2.5), period=(30,34), phase=(0,32),
+    rib_drop=(52,70), bile=(2,16), fluid=(8,35), air=(-56,-38), noise=(10,18))
+_TISSUES = ('liver','spleen','kidney','vessel','soft','bone')
+
 def _draw_build(rng):
     "The numbers that describe one person's body and scan, drawn in the order of the table"
-    ranges = dict(
-        scale=(.94,1.08), depth=(92,102), fat=(7,32), roundness=(2.15,2.5), period=(30,34), phase=(0,32),
-        rib_drop=(52,70), bile=(2,16), fluid=(8,35), air=(-56,-38), noise=(10,18))
-    return {k:rng.uniform(*limits) for k,limits in ranges.items()}
+    return {k:rng.uniform(*limits) for k,limits in _RANGES.items()}
 
 def _draw_tissues(rng):
     "How many HU this person's tissues differ from the average"
-    tissues = ('liver','spleen','kidney','vessel','soft','bone')
-    return dict(zip(tissues, rng.normal(0, 4, len(tissues)).clip(-8, 8)))
+    differ = rng.normal(0, 4, len(_TISSUES)).clip(-8, 8)
+    return dict(zip(_TISSUES, differ))
 
+# %% ../nbs/04_phantom.ipynb #6267f8c9
 def _draw_person(seed):
     "Everything random about person `seed`"
     rng = _rng(seed, 0)
@@ -292,8 +314,9 @@ def _draw_person(seed):
     loops = [_draw_loop(gut) for _ in range(44)]
     gas = rng.uniform(size=len(loops))
     return _Person(
-        seed=seed, **build, hu=hu, warp=warp, texture=texture, folds=folds, parts=_draw_parts(seed),
-        vessels=_draw_vessels(seed), twigs=_draw_twigs(_rng(seed, 4)), loops=loops, gas=gas)
+        seed=seed, **build, hu=hu, warp=warp, texture=texture, folds=folds,
+        parts=_draw_parts(seed), vessels=_draw_vessels(seed), twigs=_draw_twigs(_rng(seed, 4)),
+        loops=loops, gas=gas)
 
 # %% ../nbs/04_phantom.ipynb #70202d46
 _FAR = np.float32(60)
@@ -305,15 +328,17 @@ class _Fields(dict):
         self.axes = [(a/person.scale).astype(np.float32) for a in (z,y,x)]
         zz,yy,xx = np.meshgrid(*self.axes, indexing='ij')
         self.raw = (xx,yy,zz)
-        self.p = tuple(q+3*w(self.raw) for q,w in zip(self.raw, person.warp))
-        self.x,self.y,self.z = self.p
-        self.slow = person.folds(tuple(q*np.float32(.5) for q in self.p))
+        bent = [q+3*w(self.raw) for q,w in zip(self.raw, person.warp)]
+        self.x,self.y,self.z = self.p = tuple(bent)
+        half = [q*np.float32(.5) for q in self.p]
+        self.slow = person.folds(half)
 
     def _box(self, part):
         "Where the box around `part` lies on the grid; None when outside"
         limits = zip(self.axes, part.lo[::-1], part.hi[::-1])
         near = [np.flatnonzero((a>=lo)&(a<=hi)) for a,lo,hi in limits]
-        return tuple(slice(i[0], i[-1]+1) for i in near) if all(map(len, near)) else None
+        if not all(map(len, near)): return None
+        return tuple(slice(i[0], i[-1]+1) for i in near)
 
     def part(self, *parts):
         "Field of one or more parts together, each computed only inside its box"
@@ -322,41 +347,56 @@ class _Fields(dict):
             if isinstance(part, str): part = self.person.parts[part]
             box = self._box(part)
             if box is None: continue
-            out[box] = np.minimum(out[box], part(tuple(q[box] for q in self.p)))
+            p = tuple(q[box] for q in self.p)
+            out[box] = np.minimum(out[box], part(p))
         return out
 
     def nearest(self, *names): return np.minimum.reduce([self[n] for n in names])
+
+# %% ../nbs/04_phantom.ipynb #4ceaf3d9
+def _share(a):
+    "`a` cut to 0..1"
+    return np.clip(a, 0, 1)
+
+def _bell(x, width):
+    "1 at 0, falling to both sides; 0.37 at `width`"
+    return np.exp(-(x/width)**2)
 
 # %% ../nbs/04_phantom.ipynb #b43ee17f
 def _torso(F):
     "The torso under the fat, and where each point lies around it: `rho`, `front`, `side`"
     n,x,y,z = F.person.roundness, F.x, F.y, F.z
-    chest = .05*np.clip((z-20)/100, 0, 1)**2
-    waist = .03*np.exp(-((z+50)/35)**2)
+    chest = .05*_share((z-20)/100)**2
+    waist = .03*_bell(z+50, 35)
     a,b = 137*(1-chest-waist), F.person.depth
-    F.rho = (np.abs(x/a)**n+np.abs(y/b)**n)**np.float32(1/n)
+    powers = np.abs(x/a)**n+np.abs(y/b)**n
+    F.rho = powers**np.float32(1/n)
     r = np.sqrt(x*x+y*y)+1e-3
-    F.front,F.side = -y/r, np.abs(x)/r
-    F['r'],F['angle'] = r, np.arctan2(np.abs(x), y)
+    F.front = -y/r
+    F.side = np.abs(x)/r
+    F['r'] = r
+    F['angle'] = np.arctan2(np.abs(x), y)
     F['torso'] = r*(1-1/np.maximum(F.rho, .05))
 
 # %% ../nbs/04_phantom.ipynb #b3cbe532
 def _skin(F):
     "The skin, over fat and with the grooves of spine and midline"
     x,y,front = F.x, F.y, F.front
-    around = .75+.35*np.clip(front, 0, 1)-.25*F.side**4
+    around = .75+.35*_share(front)-.25*F.side**4
     along = 1-.1*np.clip(F.z/100, -1, 1)
-    fat = F.person.fat*around*along+6*np.clip(-front, 0, 1)**3
-    groove = np.where(y>0, 7*np.exp(-(x/13)**2), 2.5*np.exp(-(x/16)**2))
-    F['skin'] = F['torso']-fat+groove*np.clip(np.abs(y)/40, 0, 1)
+    fat = F.person.fat*around*along
+    fat = fat+6*_share(-front)**3
+    groove = np.where(y>0, 7*_bell(x, 13), 2.5*_bell(x, 16))
+    F['skin'] = F['torso']-fat+groove*_share(np.abs(y)/40)
 
+# %% ../nbs/04_phantom.ipynb #329d51bb
 def _wall(F):
     "The muscles of the body wall, and the cavity that they leave"
     front,side = F.front, F.side
-    before = 9*np.clip(.5+front*2, 0, 1)
-    beside = 5*side**2*np.clip(front+.5, 0, 1)
-    behind = (14*side**1.5+4)*np.clip(.5-front*2, 0, 1)
-    midline = 5*np.exp(-(F.x/5)**2)*np.clip(front*2, 0, 1)
+    before = 9*_share(.5+front*2)
+    beside = 5*side**2*_share(front+.5)
+    behind = (14*side**1.5+4)*_share(.5-front*2)
+    midline = 5*_bell(F.x, 5)*_share(front*2)
     F['wall'] = before+beside+behind-midline
     F['cavity'] = F['torso']+F['wall']
 
@@ -364,13 +404,16 @@ def _wall(F):
 def _diaphragm(F):
     "Two domes over the abdomen, and the bed below the back"
     P,x = F.person, F.x
-    back = 1-.25*F.front+.25*np.clip(-F.front, 0, 1)
+    back = 1-.25*F.front+.25*_share(-F.front)
     rim = np.clip(F.rho, 0, 1.1)**5*back
-    left_lower,saddle = 5*np.clip(x/40, 0, 1), 10*np.exp(-(x/28)**2)
+    left_lower = 5*_share(x/40)
+    saddle = 10*_bell(x, 28)
     F['diaphragm'] = .75*(F.z-108+left_lower+saddle+64*rim)
     x,y,_ = F.raw
-    F['bed'] = P.depth+.75*P.fat+10-y-.0009*x**2
+    height = P.depth+.75*P.fat+10
+    F['bed'] = height-y-.0009*x**2
 
+# %% ../nbs/04_phantom.ipynb #dc16e648
 def _frame(F):
     "Skin, torso, body wall, cavity, diaphragm and bed"
     for step in (_torso, _skin, _wall, _diaphragm): step(F)
@@ -380,49 +423,64 @@ def _past(d):
     "Millimetres past a face, 0 before it"
     return np.maximum(d, 0)
 
+def _beyond(x, middle, half):
+    "Millimetres past either end of a piece that reaches `half` to both sides of `middle`"
+    return _past(np.abs(x-middle)-half)
+
 def _vertebra(F):
     "Vertebral bodies, discs and the canal, repeated along z"
     P,x,y = F.person, np.abs(F.x), F.y
     k = (F.z-P.phase)/P.period
     F.u = (k-np.round(k))*P.period
     h = np.abs(F.u)
-    waist = 23*(1-.09*np.clip(1-(h/12)**2, 0, 1))
-    oval = ((x/waist)**2.4+(np.abs(y-38)/16.5)**2.4)**np.float32(1/2.4)
-    hollow = np.clip(.35*(y-48), 0, 4)*np.exp(-(x/9)**2)
+    waist = 23*(1-.09*_share(1-(h/12)**2))
+    powers = (x/waist)**2.4+(np.abs(y-38)/16.5)**2.4
+    oval = powers**np.float32(1/2.4)
+    hollow = np.clip(.35*(y-48), 0, 4)*_bell(x, 9)
     body = (oval-1)*17+hollow
     F['disc'] = body-.7
     F['vertebra'] = _smax(body, h-P.period/2+4)
     F['canal'] = _norm(x/11, (y-63)/8.5)*9-9
 
+# %% ../nbs/04_phantom.ipynb #1960d137
 def _arch(F):
     "The bones behind the canal"
-    x,y,u,h = np.abs(F.x), F.y, F.u, np.abs(F.u)
-    pedicle = _norm(_past(np.abs(x-13.5)-1), _past(np.abs(y-60)-7))-4+.9*_past(h-9)
+    x,y,u = np.abs(F.x), F.y, F.u
+    h = np.abs(u)
+    pedicle = _norm(_beyond(x, 13.5, 1), _beyond(y, 60, 7))-4+.9*_past(h-9)
     ring = _norm(x/16, (y-62)/14)*15-15
-    lamina = np.maximum(np.abs(ring)-2.5, 55-y)+.8*_past(np.abs(u+5)-9)
-    plate = _norm(_past(x-1.2), _past(np.abs(y-86)-10))-2.3
+    lamina = np.maximum(np.abs(ring)-2.5, 55-y)
+    lamina = lamina+.8*_beyond(u, -5, 9)
+    plate = _norm(_past(x-1.2), _beyond(y, 86, 10))-2.3
     spinous = _smax(plate, np.abs(u+9)-9)
-    transverse = _norm(_past(np.abs(x-28)-13), y-62-.15*(x-20), u*.75)-4.4
-    facet = _norm(x-16, y-70, _past(np.abs(h-F.person.period/2)-5))-5.5
+    lean = y-62-.15*(x-20)
+    transverse = _norm(_beyond(x, 28, 13), lean, u*.75)-4.4
+    facet = _norm(x-16, y-70, _beyond(h, F.person.period/2, 5))-5.5
+    front = _smin(pedicle, lamina)
     back = _smin(spinous, _smin(transverse, facet))
-    F['arch'] = np.maximum(_smin(_smin(pedicle, lamina), back), 1.5-F['canal'])
+    F['arch'] = np.maximum(_smin(front, back), 1.5-F['canal'])
 
+# %% ../nbs/04_phantom.ipynb #983cb376
 def _spine(F):
     "Discs, vertebrae, arches and canal"
     _vertebra(F)
     _arch(F)
-    F['spine'] = np.minimum(np.minimum(F['disc'], F['canal']-2), F['arch'])
+    bodies = np.minimum(F['disc'], F['canal']-2)
+    F['spine'] = np.minimum(bodies, F['arch'])
 
 # %% ../nbs/04_phantom.ipynb #d8a63042
+_RIB_ENDS = [-.6,0,1,2,3], [.2,.95,1.5,2.,2.25] # ribs above the twelfth, and the angle (radians) that they reach
+
 def _ribs(F):
     "Ribs inside the thoracic part of the body wall"
     P,th,r = F.person, F['angle'], F['r']
-    fall = P.rib_drop*.85*(1-np.cos(np.clip(th, 0, 2.3)))
-    slope = P.rib_drop*.85*np.sin(th)/np.maximum(r, 30)
+    drop = P.rib_drop*.85
+    fall = drop*(1-np.cos(np.clip(th, 0, 2.3)))
+    slope = drop*np.sin(th)/np.maximum(r, 30)
     k = (F.z+fall-P.phase-18)/P.period
     across = (k-np.round(k))*P.period/np.sqrt(1+slope**2)
     depth = F['torso']+np.minimum(F['wall'], 13)*.5+1
-    reach = np.interp(k, [-.6,0,1,2,3], [.2,.95,1.5,2.,2.25]).astype(np.float32)
+    reach = np.interp(k, *_RIB_ENDS).astype(np.float32)
     ends = np.maximum((th-reach)*r*.6, (.33-th)*r)
     oval = _norm(depth/4, across/6.3)*5-5
     F['rib'] = np.minimum(_smax(oval, ends, 1.), 12)
@@ -458,7 +516,8 @@ def _press(F, name, f):
     "Field `f` of part `name`, pushed back from the parts it gives way to"
     for other,gap in _PRESS.get(name, {}).items():
         if other not in F: continue
-        f = _smax(f, gap*(1+.6*F.slow)-F[other])
+        pushed = gap*(1+.6*F.slow)-F[other]
+        f = _smax(f, pushed)
     return f
 
 def _place_muscles(F):
@@ -497,18 +556,22 @@ def _hollow_kidney(F, name, side):
     x,y,z = F.p
     b = F.person.parts[name].strings[0]
     c = b[len(b)//2]
-    egg = _norm((x-c[0]+side*21)/19, (y-c[1]+5)/9, (z-c[2])/20)
+    x,y,z = x-c[0]+side*21, y-c[1]+5, z-c[2]
+    egg = _norm(x/19, y/9, z/20)
     sinus = egg*13-13+1.2*F.person.folds(F.p)
     F[name+' sinus'] = np.minimum(_FAR, np.maximum(sinus, F[name]-6))
     F[name] = _smax(F[name], -sinus, 1.5)
 
+# %% ../nbs/04_phantom.ipynb #044398c4
 def _fill_chest(F):
     "Lung above the diaphragm, beside the heart"
-    middle = np.minimum(F['heart']-4, F.nearest('oesophagus', 'aorta')-3)
+    vessels = F.nearest('oesophagus', 'aorta')
+    middle = np.minimum(F['heart']-4, vessels-3)
     back = np.minimum(50-np.abs(F.x), F.y-58)
     chest = np.maximum(_smax(F['cavity']+1, 1-F['diaphragm']), back)
     F['lung'] = _smax(_smax(chest, -middle, 3.), 3-F['spine'], 3.)
 
+# %% ../nbs/04_phantom.ipynb #b3aa7986
 def _fill_bowel(F):
     "Bowel loops where there is room left, and small vessels between them"
     busy = F.nearest(
@@ -531,6 +594,7 @@ def _fill(F):
     _fill_chest(F)
     _fill_bowel(F)
 
+# %% ../nbs/04_phantom.ipynb #98d51002
 def _fields(person, z, y, x):
     "Every field of `person` at slice heights `z`, rows `y` and columns `x` (mm)"
     F = _Fields(person, z, y, x)
@@ -543,39 +607,56 @@ _Layer = namedtuple('_Layer', 'field hu label texture', defaults=(None, 0))
 def _flank_lines(F, soft):
     "The fat lines between the three muscles of the flank"
     out = []
+    high = np.maximum(F.z-25, np.abs(F.y+5)-55)
     for c in (.36,.68):
         depth = F['torso']+c*F['wall']
-        high = np.maximum(F.z-25, np.abs(F.y+5)-55)
-        out += [_Layer(np.maximum(depth, high), -70), _Layer(depth+1.1, soft, None, 4)]
+        out.append(_Layer(np.maximum(depth, high), -70))
+        out.append(_Layer(depth+1.1, soft, None, 4))
     return out
 
+# %% ../nbs/04_phantom.ipynb #c3ed91db
 def _bone_layers(F):
     "Ribs, discs and vertebrae: hard outside, spongy inside"
     bone = F.person.hu['bone']
     return [
-        _Layer(F['rib'], 460+8*bone), _Layer(F['rib']+2, 190+5*bone, None, 30), _Layer(F['disc'], 88),
-        _Layer(F['vertebra'], 400), _Layer(F['vertebra']+2, 175+5*bone, None, 22), _Layer(F['arch'], 380),
-        _Layer(F['arch']+2.2, 230, None, 30), _Layer(F['canal'], 22), _Layer(F['canal']+3.5, 38)]
+        _Layer(F['rib'], 460+8*bone),
+        _Layer(F['rib']+2, 190+5*bone, None, 30),
+        _Layer(F['disc'], 88),
+        _Layer(F['vertebra'], 400),
+        _Layer(F['vertebra']+2, 175+5*bone, None, 22),
+        _Layer(F['arch'], 380),
+        _Layer(F['arch']+2.2, 230, None, 30),
+        _Layer(F['canal'], 22),
+        _Layer(F['canal']+3.5, 38)]
 
+# %% ../nbs/04_phantom.ipynb #b584b865
 def _body_layers(F):
     "Bed, skin, fat, muscle, lung and bone, back to front"
-    soft = 57+F.person.hu['soft']
+    h = F.person.hu
+    soft = 57+h['soft']
     inside = _smax(F['cavity'], F['diaphragm']+3, 3.)
-    out = [_Layer(F['bed'], -150), _Layer(F['bed']+3, -1000), _Layer(F['skin'], 15)]
-    out += [_Layer(F['skin']+2.2, -106, None, 5), _Layer(F['torso'], soft, None, 4)]
-    out += _flank_lines(F, soft)
-    out += [_Layer(inside, -102, None, 7), _Layer(F['lung'], -850, None, 25)]
-    out += [_Layer(F['heart'], 125+F.person.hu['vessel'], None, 4)]
-    out += [_Layer(F[m], soft+1, None, 7) for m in _MUSCLES]
-    return out+_bone_layers(F)
+    muscles = [_Layer(F[m], soft+1, None, 7) for m in _MUSCLES]
+    return [
+        _Layer(F['bed'], -150),
+        _Layer(F['bed']+3, -1000),
+        _Layer(F['skin'], 15),
+        _Layer(F['skin']+2.2, -106, None, 5),
+        _Layer(F['torso'], soft, None, 4),
+        *_flank_lines(F, soft),
+        _Layer(inside, -102, None, 7),
+        _Layer(F['lung'], -850, None, 25),
+        _Layer(F['heart'], 125+h['vessel'], None, 4),
+        *muscles,
+        *_bone_layers(F)]
 
 # %% ../nbs/04_phantom.ipynb #124bc820
 def _loop_layers(F, f, gas):
     "One loop of bowel, with `gas` 0..1"
     out = [_Layer(f, 88), _Layer(f+2.5, 35+25*gas, None, 5)]
-    if gas<=.6: return out
-    return [*out,_Layer(np.maximum(f+2.5, F.y+38+14*gas), -920)]
+    bubble = np.maximum(f+2.5, F.y+38+14*gas)
+    return [*out,_Layer(bubble, -920)] if gas>.6 else out
 
+# %% ../nbs/04_phantom.ipynb #f44301a6
 def _colon_layers(F, name, level):
     "A piece of colon with stool, and gas above `level` (y)"
     f = F[name]
@@ -587,7 +668,8 @@ def _bowel_layers(F):
     out = [_Layer(F['twigs'], 95)]
     for f,gas in zip(F.loops, F.person.gas):
         out += _loop_layers(F, f, gas)
-    return out+_colon_layers(F, 'ascending colon', -8)+_colon_layers(F, 'transverse colon', -50)
+    out += _colon_layers(F, 'ascending colon', -8)
+    return out+_colon_layers(F, 'transverse colon', -50)
 
 # %% ../nbs/04_phantom.ipynb #fb33a74d
 _IDS = {n:i for i,n in ORGANS.items()}
@@ -596,11 +678,13 @@ def _organ(F, name, hu, texture=0):
     "The layer of a labelled organ"
     return _Layer(F[name], hu, _IDS[name], texture)
 
+# %% ../nbs/04_phantom.ipynb #f18a5a9f
 def _kidney_layers(F, name):
     "Cortex above medulla around the fat of the sinus"
     h = F.person.hu['kidney']
     medulla = np.maximum(F[name]+6, 3-7*F['mottle'])
-    return [_Layer(F[name+' sinus'], -85, 0, 20), _organ(F, name, 188+h, 4), _Layer(medulla, 150+h)]
+    fat = _Layer(F[name+' sinus'], -85, 0, 20)
+    return [fat, _organ(F, name, 188+h, 4), _Layer(medulla, 150+h)]
 
 def _stomach_layers(F):
     "A folded wall, fluid, and air above a level"
@@ -615,25 +699,39 @@ def _upper_layers(F):
     h = F.person.hu
     v = 162+h['vessel']
     return [
-        _Layer(F['renal veins'], v-5, 0), _Layer(F['mesenteric artery'], v, 0),
-        _organ(F, 'oesophagus', 66), _Layer(F['oesophagus']+6, 10),
-        _organ(F, 'liver', 112+h['liver'], 4), _Layer(F['liver vessels'], v+3), _Layer(F['portal vein'], v+8, 0),
-        _organ(F, 'pancreas', 94+h['soft'], 9), _organ(F, 'spleen', 119+h['spleen'], 3)]
+        _Layer(F['renal veins'], v-5, 0),
+        _Layer(F['mesenteric artery'], v, 0),
+        _organ(F, 'oesophagus', 66),
+        _Layer(F['oesophagus']+6, 10),
+        _organ(F, 'liver', 112+h['liver'], 4),
+        _Layer(F['liver vessels'], v+3),
+        _Layer(F['portal vein'], v+8, 0),
+        _organ(F, 'pancreas', 94+h['soft'], 9),
+        _organ(F, 'spleen', 119+h['spleen'], 3)]
 
+# %% ../nbs/04_phantom.ipynb #3cad6a7b
 def _lower_layers(F):
     "Duodenum, great vessels and gallbladder"
     P = F.person
     v = 162+P.hu['vessel']
     return [
-        _organ(F, 'duodenum', 84, 4), _Layer(F['duodenum']+3.2, P.fluid+10, None, 8),
-        _organ(F, 'aorta', v), _organ(F, 'inferior vena cava', v-12, 3),
-        _organ(F, 'gallbladder', 62), _Layer(F['gallbladder']+1.3, P.bile, None, 2)]
+        _organ(F, 'duodenum', 84, 4),
+        _Layer(F['duodenum']+3.2, P.fluid+10, None, 8),
+        _organ(F, 'aorta', v),
+        _organ(F, 'inferior vena cava', v-12, 3),
+        _organ(F, 'gallbladder', 62),
+        _Layer(F['gallbladder']+1.3, P.bile, None, 2)]
 
 def _organ_layers(F):
     "The thirteen labelled organs and the vessels among them"
-    kidneys = _kidney_layers(F, 'right kidney')+_kidney_layers(F, 'left kidney')
-    adrenals = [_organ(F, f'{side} adrenal gland', 88) for side in ('right','left')]
-    return _upper_layers(F)+kidneys+adrenals+_stomach_layers(F)+_lower_layers(F)
+    return [
+        *_upper_layers(F),
+        *_kidney_layers(F, 'right kidney'),
+        *_kidney_layers(F, 'left kidney'),
+        _organ(F, 'right adrenal gland', 88),
+        _organ(F, 'left adrenal gland', 88),
+        *_stomach_layers(F),
+        *_lower_layers(F)]
 
 # %% ../nbs/04_phantom.ipynb #2453a744
 def _layers(F):
@@ -645,9 +743,11 @@ def _layers(F):
 # %% ../nbs/04_phantom.ipynb #f73f8744
 def _crop(near):
     "Slices around what is true in `near`, with a margin of one"
+    def around(i): return slice(max(i[0]-1, 0), i[-1]+2)
     seen = [np.flatnonzero(near.any(axis=axes)) for axes in ((1,2),(0,2),(0,1))]
-    return tuple(slice(max(i[0]-1, 0), i[-1]+2) for i in seen)
+    return tuple(map(around, seen))
 
+# %% ../nbs/04_phantom.ipynb #0c60d6a1
 def _soften(layer, spacing, step):
     "The layer in units of its own edge width, cut to where it matters, and the slices of the cut; None when far away"
     near = layer.field<7
@@ -656,7 +756,8 @@ def _soften(layer, spacing, step):
     f = np.minimum(layer.field[box], 10)
     if min(f.shape)<2: return None
     gz,gy,gx = np.gradient(f, 1, step, step)
-    width = np.sqrt((gy*gy+gx*gx)*(spacing[1]**2+.8)+gz*gz)+.05
+    in_slice = (gy*gy+gx*gx)*(spacing[1]**2+.8)
+    width = np.sqrt(in_slice+gz*gz)+.05
     return layer._replace(field=(f/width).astype(np.float32)), box
 
 # %% ../nbs/04_phantom.ipynb #7a10c8d3
@@ -673,6 +774,7 @@ class _Zoom:
         s = slice(k[0], k[-1]+1) if len(k) else slice(0)
         return s, self.i[s]-lo, self.w[s]
 
+# %% ../nbs/04_phantom.ipynb #0cfb0b3e
 def _enlarge(a, rows, cols):
     "Coarse 2-D field `a` at the pixels that `rows` and `cols` (from `_Zoom.within`) name"
     (_,i,v),(_,j,w) = rows, cols
@@ -690,6 +792,7 @@ def _paint_layer(image, label, layer, f, mottle):
     image += np.clip(.5-f, 0, 1)*(hu-image)
     if layer.label is not None: label[f<0] = layer.label
 
+# %% ../nbs/04_phantom.ipynb #c0d89aac
 def _paint(image, label, softened, texture, k, rows, cols):
     "Paint slice `k` of the softened layers into `image` (H,W) float32 and `label` (H,W) uint8, in place"
     size = texture.shape[1:]
@@ -700,7 +803,8 @@ def _paint(image, label, softened, texture, k, rows, cols):
         if not 0<=k-sz.start<len(layer.field): continue
         f = layer.field[k-sz.start]
         if f.min()>.5: continue
-        r,c = rows.within(sy.start, f.shape[0]), cols.within(sx.start, f.shape[1])
+        r = rows.within(sy.start, f.shape[0])
+        c = cols.within(sx.start, f.shape[1])
         at = r[0],c[0]
         _paint_layer(image[at], label[at], layer, _enlarge(f, r, c), mottle[at])
 
@@ -710,6 +814,7 @@ def _numbers(v):
     try: return tuple(np.ravel(v).astype(float).tolist())
     except (ValueError, TypeError): return ()
 
+# %% ../nbs/04_phantom.ipynb #ec68cd8c
 def _check_size(size, spacing):
     "`size` and `spacing` as tuples; `InputError` says what is wrong with them"
     n = _numbers(size)
@@ -727,9 +832,11 @@ def _check_size(size, spacing):
 def _spacing_for(size, fov, cover):
     "Spacing (z, y, x) in mm that shows `fov` mm on 512 columns and `cover` mm in all slices, as scanners would"
     d,h,w = size
-    px = float(round(np.clip(fov/512, .62, .88), 4)*512/max(h, w))
+    at_512 = round(np.clip(fov/512, .62, .88), 4)
+    px = float(at_512*512/max(h, w))
     return round(float(np.clip(cover/d, 1, 5)), 1), px, px
 
+# %% ../nbs/04_phantom.ipynb #70e19174
 def _scan(person, size, spacing):
     "Spacing (3,) mm and the positions z, y, x (mm, body coordinates) of slices, rows and columns"
     g = _rng(person.seed, 6)
@@ -740,7 +847,8 @@ def _scan(person, size, spacing):
     gallbladder = person.parts['gallbladder'].zc*person.scale
     reach = max(0, size[0]*spacing[0]/2-32)
     middle = np.clip(10+dz, gallbladder-reach, gallbladder+reach),4+dy,dx
-    return np.array(spacing), [(np.arange(n)-(n-1)/2)*s+m for n,s,m in zip(size, spacing, middle)]
+    def places(n, s, m): return (np.arange(n)-(n-1)/2)*s+m
+    return np.array(spacing), list(map(places, size, spacing, middle))
 
 # %% ../nbs/04_phantom.ipynb #fa776912
 def _noise(rng, shape):
@@ -753,40 +861,59 @@ def _noise(rng, shape):
 def _coarse(person, spacing, y, x):
     "The coarse grid over a slice, (rows, columns) in mm, its step, and its enlargement to the pixels at `y` and `x`"
     step = max(2.5, spacing[1])
-    half = [(d+person.fat)*person.scale+m for d,m in ((person.depth,18), (137,14))]
-    cy,cx = (np.arange(-a, a+step, step) for a in half)
-    return (cy,cx), step, (_Zoom(y, cy[0], step, len(cy)),_Zoom(x, cx[0], step, len(cx)))
+    def axis(a): return np.arange(-a, a+step, step)
+    cy = axis((person.depth+person.fat)*person.scale+18)
+    cx = axis((137+person.fat)*person.scale+14)
+    rows = _Zoom(y, cy[0], step, len(cy))
+    cols = _Zoom(x, cx[0], step, len(cx))
+    return (cy,cx), step, (rows,cols)
 
 # %% ../nbs/04_phantom.ipynb #0ba9b2b3
+def _softened(person, z, grid, spacing, upto):
+    "Layers with soft edges, and the mottle, of slices at heights `z`; the first and last are there for the slope in z"
+    (cy,cx),step,_ = grid
+    F = _fields(person, z, cy, cx)
+    soft = [_soften(l, spacing, step) for l in _layers(F)[:upto]]
+    return [s for s in soft if s], F['mottle']
+
+def _scan_slice(person, rng, label, layers, mottle, k, grid):
+    "The noisy HU (H,W) of slice `k` of softened `layers`, its labels painted into `label`"
+    s = np.full(label.shape, -1000, np.float32)
+    _paint(s, label, layers, mottle, k, *grid[-1])
+    s = s+person.noise*_noise(rng, s.shape)
+    return np.rint(s).clip(-1024, 3000)
+
+# %% ../nbs/04_phantom.ipynb #10165443
 def _render(person, size, spacing=None, upto=None):
     "(image (D,H,W) int16 HU, label (D,H,W) uint8, spacing); `upto` paints only so many layers, for pictures"
     spacing,(z,y,x) = _scan(person, size, spacing)
-    (cy,cx),step,zooms = _coarse(person, spacing, y, x)
+    grid = _coarse(person, spacing, y, x)
     image,label = np.zeros(size, np.int16), np.zeros(size, np.uint8)
     rng = _rng(person.seed, 7)
-    for a in range(0, size[0], 16): # a few slices at a time, and one beyond each end for the slope in z
-        b = min(a+16, size[0])
-        F = _fields(person, np.r_[z[a]-spacing[0],z[a:b],z[b-1]+spacing[0]], cy, cx)
-        softened = [_soften(l, spacing, step) for l in _layers(F)[:upto]]
-        softened = [s for s in softened if s]
-        for k in range(a, b):
-            s = np.full(size[1:], -1000, np.float32)
-            _paint(s, label[k], softened, F['mottle'], k-a+1, *zooms)
-            image[k] = np.rint(s+person.noise*_noise(rng, s.shape)).clip(-1024, 3000)
+    for a in range(0, size[0], 16):
+        some = slice(a, min(a+16, size[0]))
+        mine = z[some]
+        around = np.r_[mine[0]-spacing[0],mine,mine[-1]+spacing[0]]
+        layers,mottle = _softened(person, around, grid, spacing, upto)
+        for k,(im,lab) in enumerate(zip(image[some], label[some])):
+            im[:] = _scan_slice(person, rng, lab, layers, mottle, k+1, grid)
     return image, label, spacing
 
 # %% ../nbs/04_phantom.ipynb #97277da4
+_WAYS = [(1,1,1), (-1,-1,1), (1,1,-1)] # how the stored axes run, against the patient's
+
 def _room(person, size, spacing):
     "A plausible stored geometry: some cases are stored from left to right and back to front, some from head to feet"
-    g,(d,h,w) = _rng(person.seed, 8), size
-    ways = np.array([(1,1,1), (-1,-1,1), (1,1,-1)], float)
-    flip = ways[g.choice(3, p=(.6,.25,.15))]
-    extent = spacing[::-1]*(np.array((w,h,d))-1)
-    x,y,z = g.uniform(-15, 15), g.uniform(-40, 10), g.uniform(100, 900)
+    g = _rng(person.seed, 8)
+    stored = size[::-1]
+    flip = np.array(_WAYS[g.choice(3, p=(.6,.25,.15))], float)
+    extent = spacing[::-1]*(np.array(stored)-1)
+    x,y,z = (g.uniform(*limits) for limits in ((-15,15), (-40,10), (100,900)))
     first = np.round((-extent[0]/2+x,-extent[1]/2+y,-z), 1)
     origin = first+extent*(flip<0)
     direction = np.diag(flip).ravel()
-    return Geometry((w,h,d), *(tuple(a.tolist()) for a in (spacing[::-1],origin,direction)))
+    vectors = [tuple(a.tolist()) for a in (spacing[::-1],origin,direction)]
+    return Geometry(stored, *vectors)
 
 # %% ../nbs/04_phantom.ipynb #c8924185
 def make_phantom(
@@ -802,7 +929,8 @@ def make_phantom(
     person = _draw_person(int(seed))
     image,label,spacing = _render(person, size, spacing)
     source = _room(person, size, spacing)
-    return tuple(Volume(a, spacing, case or f'Phantom_{seed:04d}', source=source) for a in (image,label))
+    if not case: case = f'Phantom_{seed:04d}'
+    return tuple(Volume(a, spacing, case, source=source) for a in (image,label))
 
 # %% ../nbs/04_phantom.ipynb #ff3ef5e6
 def _stamp(path):
@@ -828,8 +956,8 @@ def _write_case(files, seed, size, overwrite):
     "Write one phantom to `files`; a file that holds it already stays, one that holds something else is refused"
     pair = make_phantom(seed, size, case=files[1].name.removesuffix('.nii.gz'))
     keep = [not overwrite and _holds(f, v) for f,v in zip(files, pair)]
-    for f,v,k in zip(files, pair, keep):
-        if not k: write_volume(v, f, overwrite=True)
+    for f,v,right in zip(files, pair, keep):
+        if not right: write_volume(v, f, overwrite=True)
 
 # %% ../nbs/04_phantom.ipynb #d2a0a6d1
 def _recall(book):
@@ -837,8 +965,8 @@ def _recall(book):
     if not book.exists(): return {}
     try: known = json.loads(book.read_text())
     except ValueError: known = None
-    ours = isinstance(known, dict) and all(isinstance(k, dict) and 'seed' in k for k in known.values())
-    if ours: return known
+    def ours(k): return isinstance(k, dict) and 'seed' in k
+    if isinstance(known, dict) and all(map(ours, known.values())): return known
     raise InputError(f'{book} is not a record of phantoms: move it away, or choose another folder')
 
 def _entry(files, seed, size):
@@ -853,6 +981,7 @@ def _check_request(out, n, seed):
     if out.exists() and not out.is_dir():
         raise InputError(f'{out} is a file: give a folder')
 
+# %% ../nbs/04_phantom.ipynb #d307c107
 def write_phantoms(
     out, # folder; images/ and labels/ are made in it
     n:int=10, # number of cases, 1 to 9999
@@ -885,6 +1014,7 @@ def _read_size(size):
         raise InputError(f'size {size!r} is not three whole numbers: '
                          'write slices,rows,columns, such as 40,512,512') from None
 
+# %% ../nbs/04_phantom.ipynb #71a6e019
 @command
 def medsam_phantom(
     out:str=None, # folder to fill; default: data/phantom

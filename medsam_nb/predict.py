@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'Predictor', 'click_rounds', 'everything', 'match_regions', 'oracle_boxes', 'label_map',
-           'predict_slices', 'predict_volume', 'check_prompt', 'ask']
+           'predict_slices', 'predict_volume']
 
 # %% ../nbs/10_predict.ipynb #399f49d2
 import warnings
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from .core import InputError, renamed
 from .embed import encode
 from .metrics import dsc
-from .prompt import (BOX_COLUMNS, Points, _as_floats, as_prompt, asks_of, check_box, check_points, check_prompts, instances,
-                     mask_logits, mask_to_box, next_click, read_prompts)
+from .prompt import (BOX_COLUMNS, Points, _as_floats, as_prompt, asks_of, check_box, check_points, instances,
+                              mask_logits, mask_to_box, next_click)
 from .sam import decode, load_model, warn_clicks
 from .show import show_box, show_points, show_slice
 from .view import Grid, Recipe, View, as_array, check_choice, resize_image
@@ -47,7 +47,7 @@ class Prediction:
         warnings.warn('Prediction: labels is called point_labels now', FutureWarning, stacklevel=2)
         return self.point_labels
 
-# %% ../nbs/10_predict.ipynb #06be8599
+# %% ../nbs/10_predict.ipynb #00fb6148
 @patch
 def best(self:Prediction)->Prediction: # one mask for each prompt
     "Of three masks for each prompt the one with the highest predicted IoU"
@@ -55,7 +55,7 @@ def best(self:Prediction)->Prediction: # one mask for each prompt
     at = np.arange(len(self)),self.iou.argmax(1)
     return replace(self, masks=self.masks[at], iou=self.iou[at], logits=self.logits[at])
 
-# %% ../nbs/10_predict.ipynb #335d25ed
+# %% ../nbs/10_predict.ipynb #df2ce2f5
 @patch
 def _draw(self:Prediction, i, ax):
     "What prompt `i` was, into the axes"
@@ -64,6 +64,7 @@ def _draw(self:Prediction, i, ax):
     if self.points is None: return
     show_points(self.points[i], self.point_labels[i], ax)
 
+# %% ../nbs/10_predict.ipynb #6401a0a9
 @patch
 def show(
     self:Prediction,
@@ -116,7 +117,7 @@ def _check_image(im):
     raise InputError(f'the image is {im.dtype} of shape {im.shape}: give (H,W) or (H,W,3) with values 0 to 255; '
                      'intensities of a scan go through view.normalize first')
 
-# %% ../nbs/10_predict.ipynb #c7f218fe
+# %% ../nbs/10_predict.ipynb #56f9cad1
 @patch
 def set_image(
     self:Predictor,
@@ -132,13 +133,14 @@ def set_image(
     shown = np.rint(im).astype(np.uint8)
     return self._set(x, grid, shown)
 
+# %% ../nbs/10_predict.ipynb #4340743b
 @patch
 def _set(self:Predictor, x, grid, shown):
     "Encode what lies on the grid, (S,S,3) uint8"
     embedding = encode(self.sam, x[None], grid.content, self.precision)
     return self.set_embedding(embedding[0], grid, shown)
 
-# %% ../nbs/10_predict.ipynb #65f91d5e
+# %% ../nbs/10_predict.ipynb #2904d64d
 @patch
 def set_view(
     self:Predictor,
@@ -159,7 +161,7 @@ def _boxes(boxes, shape):
     checked = [check_box(o, shape) for o in np.atleast_2d(b)]
     return np.stack(checked)
 
-# %% ../nbs/10_predict.ipynb #cf26adb6
+# %% ../nbs/10_predict.ipynb #e3a4f4b7
 def _check_masks(m, kind, shape, grid):
     "Refuse mask prompts of another shape than `shape`, and values that are not finite"
     odd = '' if np.isfinite(m).all() else ' with values that are not finite'
@@ -168,6 +170,7 @@ def _check_masks(m, kind, shape, grid):
     raise InputError(f'the mask prompt is {kind} of shape {m.shape}{odd}: give logits (256,256) '
                      f"of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}")
 
+# %% ../nbs/10_predict.ipynb #83d0d2b2
 def _masks(mask, grid):
     "Mask prompts as logits (B,1,256,256) float32"
     m = _as_floats(mask, 'mask', 'logits (256,256), or a bool mask of the image')
@@ -192,6 +195,7 @@ def _paired(asked:dict):
     if len(set(n.values()))==1: return asked
     raise InputError(f'the prompts do not pair: {n}; give as many of each, one per mask you want')
 
+# %% ../nbs/10_predict.ipynb #3be17a1b
 def _asked(grid, box=None, points=None, point_labels=None, mask=None):
     "What was asked, in image pixels: boxes (B,4), points (B,P,2) and point_labels (B,P), masks (B,1,256,256)"
     asked = {}
@@ -204,7 +208,7 @@ def _asked(grid, box=None, points=None, point_labels=None, mask=None):
     if mask is not None: asked['masks'] = _masks(mask, grid)
     return _paired(asked)
 
-# %% ../nbs/10_predict.ipynb #c8049f36
+# %% ../nbs/10_predict.ipynb #dc9b7d55
 @patch
 def _ready(self:Predictor):
     if self.embedding is not None: return
@@ -220,7 +224,7 @@ def _frame(self:Predictor, asked:dict):
         placed[k] = self.grid.to_model(on_grid, size)
     return {k:torch.as_tensor(v, device=device) for k,v in placed.items()}
 
-# %% ../nbs/10_predict.ipynb #e9451fee
+# %% ../nbs/10_predict.ipynb #ac6a309e
 @patch
 def _answer(self:Predictor, asked:dict, multimask=False):
     "Masks for what was asked; many prompts share the one embedding"
@@ -235,7 +239,7 @@ def _answer(self:Predictor, asked:dict, multimask=False):
     shown = {k:v for k,v in asked.items() if k!='masks'}
     return Prediction(*(t.cpu().numpy() for t in out), self.image, **shown)
 
-# %% ../nbs/10_predict.ipynb #5a4277a4
+# %% ../nbs/10_predict.ipynb #6cfd7836
 @patch
 @renamed(labels='point_labels')
 def predict(
@@ -251,7 +255,7 @@ def predict(
     asked = _asked(self.grid, box, points, point_labels, mask)
     return self._answer(asked, multimask)
 
-# %% ../nbs/10_predict.ipynb #53d01228
+# %% ../nbs/10_predict.ipynb #adacf209
 def _together(asked:list):
     "The positions of prompts that go through the decoder in one go: all boxes, then each of the others"
     boxes,others = [],[]
@@ -260,11 +264,12 @@ def _together(asked:list):
         else: others.append([i])
     return [boxes]+others if boxes else others
 
+# %% ../nbs/10_predict.ipynb #dcb1e186
 def _joined(some:list):
     "Prompts that go through the decoder in one go, as one question"
     return {k:np.concatenate([a[k] for a in some]) for k in some[0]}
 
-# %% ../nbs/10_predict.ipynb #47e1b06d
+# %% ../nbs/10_predict.ipynb #fd72bd37
 @patch
 def ask(
     self:Predictor,
@@ -323,7 +328,7 @@ def everything(
     regions = SamAutomaticMaskGenerator(sam, **kwargs).generate(im)
     return sorted(regions, key=lambda r: -r['area'])
 
-# %% ../nbs/10_predict.ipynb #2b2ff356
+# %% ../nbs/10_predict.ipynb #bd5fb36b
 def _best_region(regions, gt):
     "Position and DSC of the region that fits a mask best; None and 0 where none touches it"
     scores = [dsc(r['segmentation'], gt) for r in regions]
@@ -331,6 +336,7 @@ def _best_region(regions, gt):
     best = int(np.argmax(scores))
     return best,scores[best]
 
+# %% ../nbs/10_predict.ipynb #f4cf0ec3
 def match_regions(
     regions:list, # as `everything` gives them, of an image (H,W)
     labels:np.ndarray, # (H,W) label map of the ground truth, 0 background
@@ -372,6 +378,7 @@ def _check_ids(label_ids, n):
     if whole and ((ids>=1)&(ids<=65535)).all(): return ids
     raise InputError(f'label_ids are {label_ids!r}: give one whole number from 1 to 65535 for each of the {n} masks')
 
+# %% ../nbs/10_predict.ipynb #96febeea
 @renamed(labels='label_ids')
 def label_map(
     pred:Prediction, # one mask for each prompt
@@ -401,7 +408,7 @@ def _with_clicks(table):
         out.append(replace(a, prompt=Points(p, l)) if c else a)
     return out
 
-# %% ../nbs/10_predict.ipynb #8e55932a
+# %% ../nbs/10_predict.ipynb #4b29ceb5
 def _asks(boxes, depth):
     "Slice -> what is asked of it, slices in order; `InputError` if a slice is not there"
     with_clicks = isinstance(boxes, pd.DataFrame) and 'points' in boxes
@@ -434,7 +441,7 @@ def predict_slices(
         labels = label_map(pred, [a.label for a in asks], overlap)
         yield z, labels, list(zip(asks, pred.iou))
 
-# %% ../nbs/10_predict.ipynb #0fc73b65
+# %% ../nbs/10_predict.ipynb #41df2fc7
 def predict_volume(
     predictor:Predictor, # model and device
     volume:Volume, # (D,H,W) intensities
@@ -448,9 +455,3 @@ def predict_volume(
     slices = predict_slices(predictor, volume, boxes, recipe, progress, overlap)
     for z,labels,_ in slices: out[z] = labels
     return out.astype(np.uint8) if out.max()<256 else out
-
-# %% ../nbs/10_predict.ipynb #5d66a722
-def check_prompt(prompt, shape): return as_prompt(prompt, shape).to_dict() # until draw has moved
-def ask(prompt, shape, spacing=(1,1)): # until draw has moved
-    asked = as_prompt(prompt).asked(Grid(shape), spacing)
-    return dict(box=asked['boxes'][0]) if 'boxes' in asked else dict(points=asked['points'][0], point_labels=asked['point_labels'][0])

@@ -73,7 +73,8 @@ def gesture(app, prompt=BOX, z=None, object=9, done=True, seq=None, **kwargs):
     seq = app.seq+1 if seq is None else seq
     app._on_gestures(Change([dict(seq=seq, z=z, object=object, prompt=prompt, done=done, **kwargs)]))
 
-def bits(data, shape): return np.unpackbits(np.frombuffer(data, np.uint8))[:np.prod(shape)].reshape(shape).astype(bool)
+def bits(data, shape):
+    return np.unpackbits(np.frombuffer(data, np.uint8))[:np.prod(shape)].reshape(shape).astype(bool)
 
 def the_embedder(app): return app.session.embedders[quick().encoder_sha256]
 
@@ -157,7 +158,8 @@ def test_a_label_of_another_size_is_told(tmp_path):
         annotate(tmp_path/'a.nii.gz', tmp_path/'l.nii.gz', model=quick())
 
 def test_a_checkpoint_that_is_not_there_is_told():
-    with pytest.raises(InputError, match='no checkpoint'): annotate(scan()[0], checkpoint='never_run', device='cpu')
+    with pytest.raises(InputError, match='no checkpoint'):
+        annotate(scan()[0], checkpoint='never_run', device='cpu')
 
 def test_8_bit_values_under_a_window_are_told():
     with pytest.raises(InputError, match='8-bit') as e:
@@ -207,16 +209,19 @@ def names(app): return {o['id']:o['name'] for o in app.session.objects}
 
 def test_labels_have_names_of_organs_only_where_they_are_known(app):
     assert names(app)=={9:'label 9'}
-    with closing(Session(list_cases()[0], {'p':quick()})) as s: assert 'gallbladder' in [o['name'] for o in s.objects]
+    with closing(Session(list_cases()[0], {'p':quick()})) as s:
+        assert 'gallbladder' in [o['name'] for o in s.objects]
 
 def test_labels_may_be_named():
     with drawing(*volume(), names={9:'cyst'}) as app: assert names(app)=={9:'cyst'}
 
 def test_objects_may_be_named_without_labels():
-    with drawing(volume()[0], names={4:'gallbladder', 7:'cyst'}) as app: assert names(app)=={4:'gallbladder', 7:'cyst'}
+    with drawing(volume()[0], names={4:'gallbladder', 7:'cyst'}) as app:
+        assert names(app)=={4:'gallbladder', 7:'cyst'}
 
 def test_an_object_has_the_colour_of_its_label_in_figures():
-    with drawing(volume()[0], names={9:'gallbladder'}) as app: assert app.canvas.objects[0]['colour']=='#ff5959'
+    with drawing(volume()[0], names={9:'gallbladder'}) as app:
+        assert app.canvas.objects[0]['colour']=='#ff5959'
 
 
 # ---- embeddings
@@ -699,7 +704,8 @@ def test_prompts_are_saved_as_in_the_version_before(kept):
 def test_colours_of_saved_objects_come_back(kept):
     data = json.loads(kept[1].read_text())
     data['objects'].append(dict(id=77, name='old', colour='#0a84ff'))
-    with drawing(*volume(), prompts=data) as b: assert b.canvas.objects[-1]==dict(id=77, name='old', colour='#0a84ff')
+    with drawing(*volume(), prompts=data) as b:
+        assert b.canvas.objects[-1]==dict(id=77, name='old', colour='#0a84ff')
 
 GIVEN = dict(id=2, name='a', colour='#ff9500')
 
@@ -854,7 +860,8 @@ def test_two_decoders_share_an_encoder(models):
     assert models.sams['fine-tuned'].image_encoder is lite().image_encoder
 
 def test_the_fine_tuned_decoder_is_shown_first(tuned):
-    with drawing(np.zeros((1,8,8), np.int16), model=lite(), checkpoint=tuned) as app: assert app.decoder=='fine-tuned'
+    with drawing(np.zeros((1,8,8), np.int16), model=lite(), checkpoint=tuned) as app:
+        assert app.decoder=='fine-tuned'
 
 def test_two_decoders_answer_apart_and_side_by_side(models):
     seen = {'pretrained':[], 'fine-tuned':[]}
@@ -969,7 +976,8 @@ def test_another_slice_ends_a_drag(app):
     app.canvas.z = (app.canvas.z+1)%6
     assert app.session.prompts==app.session.settled
 
-def drawn(seq, z, case=0, **kwargs): return dict(seq=seq, case=case, z=z, object=9, prompt=BOX, done=True)|kwargs
+def drawn(seq, z, case=0, **kwargs):
+    return dict(seq=seq, case=case, z=z, object=9, prompt=BOX, done=True)|kwargs
 
 def test_gestures_come_once_and_in_order(two):
     undo = drawn(3, 2, step='undo')

@@ -30,7 +30,8 @@ def stir(path):
     "Change the decoder of a best.pth a little: then it is neither the start nor the last epoch"
     g,state = torch.Generator().manual_seed(0),state_of(path)
     for k,v in state.items():
-        if k.startswith('mask_decoder') and v.numel()>1: state[k] = v+.1*v.std()*torch.randn(v.shape, generator=g)
+        if k.startswith('mask_decoder') and v.numel()>1:
+            state[k] = v+.1*v.std()*torch.randn(v.shape, generator=g)
     torch.save(state, path)
 
 @pytest.fixture(scope='module')
@@ -96,7 +97,8 @@ def test_the_best_decoder_is_scored_not_the_last(world, ev):
 def test_the_other_decoder_is_the_start(ev):
     assert torch.equal(ev.models['pretrained'].mask_decoder.mask_tokens.weight, lite().mask_decoder.mask_tokens.weight)
 
-def rows_of(scores, decoder): return scores[scores.decoder==decoder].drop(columns='decoder').reset_index(drop=True)
+def rows_of(scores, decoder):
+    return scores[scores.decoder==decoder].drop(columns='decoder').reset_index(drop=True)
 
 def test_the_same_decoder_twice_scores_the_same(world, copy):
     npz,store,_ = world
@@ -178,7 +180,8 @@ def test_an_organ_that_nobody_asks_for_is_not_counted(gone, capsys):
 def at_spacing(tmp, s):
     "The scores of a case whose voxels are `s` mm wide"
     images,labels = raw(tmp/'raw', ['a'], shape=(2,64,80))
-    for f in (*images.iterdir(), *labels.iterdir()): save(f, GetArrayFromImage(ReadImage(str(f))), spacing=(s,s,s))
+    for f in (*images.iterdir(), *labels.iterdir()):
+        save(f, GetArrayFromImage(ReadImage(str(f))), spacing=(s,s,s))
     npz = curate(images, labels, out=tmp/'npz', test_fraction=0, progress=False).folder
     case = first(npz)
     row, = evaluate_case(lite(), case, fill(npz, tmp/'s').open_case(case), draw_boxes(case, (5,)))
@@ -294,7 +297,8 @@ def test_other_boxes_are_refused_and_nothing_changes(world, ev):
         go(world, slacks=(0,15))
     assert tree(world[2])==before
 
-def test_whole_numbers_are_not_other_slacks(world, ev): assert go(world, slacks=(0.,10.)).scores.equals(ev.scores)
+def test_whole_numbers_are_not_other_slacks(world, ev):
+    assert go(world, slacks=(0.,10.)).scores.equals(ev.scores)
 
 def test_case_names_that_look_like_missing_values(tmp_path):
     npz = hospital(tmp_path, ['NA','1','11','nan'], test_fraction=.5, scans=FLAT)
@@ -427,7 +431,7 @@ FIGURES = ['curve.png','figure.png','worst_1.png','worst_2.png','worst_3.png']
 
 def test_files_of_an_evaluation(world, ev):
     names = {p.name for p in world[2].iterdir()}
-    assert {'boxes.csv','eval.csv',*FIGURES} <= names
+    assert {'boxes.csv','eval.csv',*FIGURES}<=names
     assert not [n for n in names if n.startswith('.')]
 
 @pytest.mark.parametrize('name', FIGURES)
@@ -464,7 +468,8 @@ def trained(world, tmp_path_factory):
 def test_the_training_part_has_its_own_files(trained, name): assert (trained.run/name).exists()
 
 @pytest.mark.parametrize('name', ['boxes.csv','eval.csv','curve.png'])
-def test_the_training_part_writes_no_files_of_the_test_part(trained, name): assert not (trained.run/name).exists()
+def test_the_training_part_writes_no_files_of_the_test_part(trained, name):
+    assert not (trained.run/name).exists()
 
 def test_the_training_part_says_so(trained):
     assert trained.what=='train'

@@ -85,7 +85,8 @@ def test_defect01_cross_entropy_is_part_of_the_loss(done):
     t = done.log[1:]
     assert np.allclose(t.train_loss, t.dice_loss+t.bce_loss)
 
-def batch(n): return dict(embedding=torch.randn(n,1,4,4), box=torch.zeros(n,4), mask=(torch.rand(n,1,4,4)>.5).float())
+def batch(n):
+    return dict(embedding=torch.randn(n,1,4,4), box=torch.zeros(n,4), mask=(torch.rand(n,1,4,4)>.5).float())
 
 @pytest.mark.parametrize('sizes', [[1], [2], [2,1], [3,3,1]])
 def test_defect09_the_epoch_mean_is_over_samples(sizes):
@@ -271,7 +272,8 @@ def test_the_order_changes_with_the_seed(): assert order(7)!=order(8)
 def test_the_order_is_the_same_again(): assert order(7)==order(7)
 
 @pytest.mark.parametrize('n, length', [(None,10), (3,3), (99,10)])
-def test_an_epoch_is_as_long_as_asked_for(n, length): assert len(order(7, n))==len(EpochSampler(10, 7, n))==length
+def test_an_epoch_is_as_long_as_asked_for(n, length):
+    assert len(order(7, n))==len(EpochSampler(10, 7, n))==length
 
 
 # ---- who is trained on ----
@@ -343,7 +345,7 @@ def test_the_decoder_gets_gradients(stepped, name):
 def test_only_the_decoder_of_the_best_model_has_changed(done):
     best,plain = state_of(done.best),lite().state_dict()
     assert best.keys()==plain.keys()
-    assert {k.split('.')[0] for k in plain if not torch.equal(best[k], plain[k])} <= {'mask_decoder'}
+    assert {k.split('.')[0] for k in plain if not torch.equal(best[k], plain[k])}<={'mask_decoder'}
 
 def test_the_prompt_encoder_in_the_state_is_bit_identical(done):
     last = load_file(done.path/'state-00003'/'model.safetensors')
@@ -511,12 +513,14 @@ def test_data_curated_again_is_another_run(tmp_path):
     npz = hospital(tmp_path, ['a','b'], **how)
     go(npz, fill(npz, tmp_path/'s'), tmp_path/'r')
     hospital(tmp_path, ['a','b'], window='abdomen', overwrite=True, **how)
-    with pytest.raises(InputError, match='data_sha256'): go(npz, fill(npz, tmp_path/'s2'), tmp_path/'r', epochs=2)
+    with pytest.raises(InputError, match='data_sha256'):
+        go(npz, fill(npz, tmp_path/'s2'), tmp_path/'r', epochs=2)
 
 def test_a_foreign_folder_is_refused_and_stays(npz, store, tmp_path):
     (tmp_path/'mine').mkdir()
     (tmp_path/'mine'/'thesis.txt').write_text('x')
-    with pytest.raises(InputError, match='not empty and holds no config.json'): go(npz, store, tmp_path/'mine')
+    with pytest.raises(InputError, match='not empty and holds no config.json'):
+        go(npz, store, tmp_path/'mine')
     assert tree(tmp_path/'mine')=={'thesis.txt':b'x'}
 
 def test_an_empty_folder_is_used(npz, store, tmp_path):
@@ -557,7 +561,8 @@ def test_a_folder_too_deep_leaves_nothing(npz, store, tmp_path):
     assert not (tmp_path/'r').exists()
 
 def test_no_device_that_is_not_there(npz, store, tmp_path):
-    with pytest.raises(InputError, match='not available'): finetune(npz, store.path, tmp_path/'r', device='cuda:99')
+    with pytest.raises(InputError, match='not available'):
+        finetune(npz, store.path, tmp_path/'r', device='cuda:99')
     assert not (tmp_path/'r').exists()
 
 @pytest.mark.cuda

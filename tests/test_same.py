@@ -133,7 +133,8 @@ def curation(tmp, name):
     return dict(files=files, names=names, split=(folder/'split.csv').read_text())
 
 @pytest.mark.parametrize('name', RECIPES)
-def test_curated_files_are_what_they_were(tmp, name): assert as_json(curation(tmp, name))==held('curated', name)
+def test_curated_files_are_what_they_were(tmp, name):
+    assert as_json(curation(tmp, name))==held('curated', name)
 
 def pair_hash(*files): return hashlib.sha256(''.join(map(sha256_file, files)).encode()).hexdigest()
 
@@ -177,7 +178,8 @@ def provenance(tmp, dtype):
     npz = curated(tmp, 'medsam')
     embed(npz, tmp/f'{dtype}.zarr', model=as_lite(), dtype=dtype, device='cpu')
     files = metadata(tmp/f'{dtype}.zarr')
-    for f in find_npz(npz): files = {k:v.replace(read_npz(f).source_sha256, f'SOURCE {f.stem}') for k,v in files.items()}
+    for f in find_npz(npz):
+        files = {k:v.replace(read_npz(f).source_sha256, f'SOURCE {f.stem}') for k,v in files.items()}
     return dict(attributes=attributes(tmp/f'{dtype}.zarr'), files=files)
 
 def without_version(found):
@@ -198,7 +200,8 @@ def old_store(tmp, npz, dtype):
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_text(text)
     rng = np.random.default_rng(0)
-    for name,array in zarr.open_group(folder, mode='r+').arrays(): array[:] = rng.integers(0, 9, array.shape).astype(array.dtype)
+    for name,array in zarr.open_group(folder, mode='r+').arrays():
+        array[:] = rng.integers(0, 9, array.shape).astype(array.dtype)
     return folder
 
 @pytest.mark.parametrize('dtype', ['float16','uint8'])
@@ -271,7 +274,8 @@ PROMPTS = dict(oracle=None, loose=('p.csv', LOOSE), depth=('p.csv', DEPTH), diam
 FLIPS = ('ud','lr','udlr')
 ASKED = dict(
     {p:(p,{}) for p in PROMPTS}, **{f'loose {f}':('loose', dict(flip=f)) for f in FLIPS},
-    **{f'drawn {f}':('drawn', dict(flip=f)) for f in FLIPS}, **{f'diameter {f}':('diameter', dict(flip=f)) for f in FLIPS},
+    **{f'drawn {f}':('drawn', dict(flip=f)) for f in FLIPS},
+    **{f'diameter {f}':('diameter', dict(flip=f)) for f in FLIPS},
     **{'drawn squash':('drawn', dict(fit='squash')), 'oracle squash lr':('oracle', dict(fit='squash', flip='lr')),
        'drawn squash ud':('drawn', dict(fit='squash', flip='ud')), 'loose brief':('loose', dict(window='brief')),
        'drawn percentiles':('drawn', dict(modality='MR'))})
@@ -299,7 +303,8 @@ def segmented(tmp, name):
     sam = watched()
     sam.image_encoder.seen.clear()
     asked = prompts_of(tmp, prompts, volume)
-    seg = segment(volume, asked, label, Predictor(sam, quiet=True), Recipe(**choices), (1,9,11) if asked is None else None, progress=False)
+    seg = segment(volume, asked, label, Predictor(sam, quiet=True), Recipe(**choices), (1,9,11) if asked is None
+                  else None, progress=False)
     slices,scores = (t.to_csv(index=False, float_format='%.6g') for t in (seg.slices, seg.scores))
     return result(seg.mask, slices, scores)|dict(seen=list(sam.image_encoder.seen))
 
@@ -322,11 +327,13 @@ def commanded(tmp, name):
     (tmp/file).write_text(text, encoding='utf-8')
     medsam_predict(str(tmp/'scan.nii'), str(tmp/'mask.nii.gz'), str(tmp/file), labels=str(tmp/'scan_label.nii'),
                    device='cpu', overwrite=True, **choices)
-    return result(read_volume(tmp/'mask.nii.gz', kind='label').array, *((tmp/f'mask_{k}.csv').read_text() for k in ('slices','scores')))
+    return result(read_volume(tmp/'mask.nii.gz', kind='label').array,
+                  *((tmp/f'mask_{k}.csv').read_text() for k in ('slices','scores')))
 
 def test_the_command_writes_the_same(tmp_path):
     check_masks(commanded(tmp_path, 'drawn ud'), held('masks', 'drawn ud'))
-    assert sorted(f.name for f in tmp_path.glob('mask*'))==['mask.nii.gz','mask_qc.png','mask_scores.csv','mask_slices.csv']
+    assert sorted(f.name for f in tmp_path.glob('mask*'))==['mask.nii.gz','mask_qc.png','mask_scores.csv',
+                                                            'mask_slices.csv']
 
 def overlapping(tmp, overlap):
     "Boxes that overlap, as a table"
@@ -374,7 +381,8 @@ def test_drawn_prompts_are_saved_as_before(tmp):
     now,then = as_json(saved_prompts(tmp)),held('prompts')
     def named(d): return [(o['id'],o['name']) for o in d['objects']]
     assert same(now['prompts'], then['prompts'], tolerance()) and named(now)==named(then)
-    assert {k:v for k,v in now.items() if k not in ('prompts','objects')}=={k:v for k,v in then.items() if k not in ('prompts','objects')}
+    assert {k:v for k,v in now.items() if k not in ('prompts','objects')}=={k:v for k,v in then.items()
+        if k not in ('prompts','objects')}
 
 def test_saved_prompts_are_read_and_written_again(tmp):
     then = held('prompts')
@@ -384,7 +392,8 @@ def test_saved_prompts_are_read_and_written_again(tmp):
 @pytest.mark.parametrize('what', ['drawn','saved'])
 def test_saved_prompts_lose_nothing(tmp, what):
     data = DRAWN if what=='drawn' else held('prompts')
-    data = as_json(data)|dict(objects=[o for o in data['objects'] if o['id']!=1], prompts=[p for p in data['prompts'] if p['object']!=1])
+    data = as_json(data)|dict(objects=[o for o in data['objects'] if o['id']!=1],
+                              prompts=[p for p in data['prompts'] if p['object']!=1])
     assert read_back(tmp, data)==data
 
 def test_the_drawing_cell_gives_the_mask_of_the_command(tmp):
@@ -407,7 +416,8 @@ def geometry():
     def click(pred, clicks=()): return [np.asarray(o).tolist() for o in next_click(pred, mask, clicks)]
     line = longest_diameter(mask, (2.5,3.4))[0]
     return dict(
-        perturb=[perturb_box(box, shape, rng(k), px, shrink).tolist() for k in range(3) for px in (0,5,40) for shrink in (False,True)],
+        perturb=[perturb_box(box, shape, rng(k), px, shrink).tolist() for k in range(3) for px in (0,5,40)
+                 for shrink in (False,True)],
         slack=[slack_box(box, shape, s, rng(k)).tolist() for k in range(3) for s in (-30,-5,0,5,40)],
         points=[drawn(n, background) for n in (1,3,10) for background in (0,4)],
         clicks=[click(part), click(part, [(54.5,38.5)]), click(np.zeros(shape, bool)), click(np.ones(shape, bool))],
@@ -416,7 +426,8 @@ def geometry():
             +[line_to_box((1,1,100,70), shape, margin=.2, ratio=.3).tolist()])
 
 @pytest.mark.parametrize('what', ['perturb','slack','points','clicks','line','boxes'])
-def test_geometry_of_prompts_is_what_it_was(what): assert same(as_json(geometry()[what]), held('geometry', what), 1e-6)
+def test_geometry_of_prompts_is_what_it_was(what):
+    assert same(as_json(geometry()[what]), held('geometry', what), 1e-6)
 
 
 # ---- training and scores ----
@@ -457,7 +468,8 @@ def run_of(tmp):
     run = trained(tmp)
     evaluate(npz, store.path, run, slacks=(0,10), device='cpu')
     text = {k:(run/k).read_text() for k in ('log.csv','boxes.csv','eval.csv')}
-    return dict(text, config=by_old_names(json.loads((run/'config.json').read_text())), files=sorted(f.name for f in run.iterdir()))
+    return dict(text, config=by_old_names(json.loads((run/'config.json').read_text())),
+                files=sorted(f.name for f in run.iterdir()))
 
 @pytest.fixture(scope='module')
 def run(tmp): return run_of(tmp)
@@ -468,7 +480,8 @@ def test_boxes_and_scores_of_a_case_are_what_they_were(tmp):
     assert same(now['rows'], then['rows'], tolerance())
 
 @pytest.mark.parametrize('file', ['log.csv','eval.csv'])
-def test_numbers_of_a_run_are_what_they_were(run, file): assert same(cells(run[file]), cells(held('run', file)), tolerance())
+def test_numbers_of_a_run_are_what_they_were(run, file):
+    assert same(cells(run[file]), cells(held('run', file)), tolerance())
 
 @pytest.mark.parametrize('what', ['boxes.csv','config','files'])
 def test_files_of_a_run_are_what_they_were(run, what): assert run[what]==held('run', what)
@@ -486,7 +499,8 @@ def test_a_run_of_the_earlier_version_is_taken_up(tmp, run):
 def chain(home):
     "Scores of the demo's five commands on three small phantoms"
     medsam_phantom(out=str(home/'phantom'), n=3, size='10,128,128', progress=False)
-    medsam_curate(str(home/'phantom/images'), str(home/'phantom/labels'), out=str(home/'npz'), anatomy='same', min_pixels=200, progress=False)
+    medsam_curate(str(home/'phantom/images'), str(home/'phantom/labels'), out=str(home/'npz'), anatomy='same',
+                  min_pixels=200, progress=False)
     npz = str(home/'npz'/'CT_same')
     medsam_embed(npz, device='cpu')
     medsam_finetune(npz, run='same', epochs=1, lr=5e-5, batch_size=2, device='cpu')

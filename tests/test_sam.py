@@ -10,8 +10,8 @@ from segment_anything.modeling import Sam
 from medsam_nb import core
 from medsam_nb.core import InputError
 from medsam_nb.prompt import mask_to_box
-from medsam_nb.sam import (LITE, MODELS, MinMaxSam, ModelSpec, Packaged, build_lite, build_model, decode, encoder_sha256,
-                           freeze, load_model, load_state, n_params, read_state, warn_clicks, zoo)
+from medsam_nb.sam import (LITE, MODELS, MinMaxSam, ModelSpec, Packaged, build_lite, build_model, decode,
+                           encoder_sha256, freeze, load_model, load_state, n_params, read_state, warn_clicks, zoo)
 from medsam_nb.view import Grid
 from tiny import disc, fill, hospital, lite, same_state, state_of
 

@@ -63,8 +63,8 @@ def read_pairs(
 # %% ../nbs/17_pre_grey_rgb2D.ipynb #16a0b1d7
 def _2d_parser()->argparse.ArgumentParser:
     about = ('Turn grey and colour pictures and their masks into samples and image embeddings, '
-             'split into train and test. Each picture counts as a patient; for several pictures of one patient use medsam_curate --patient, '
-             'then medsam_embed.')
+             'split into train and test. Each picture counts as a patient; for several pictures '
+             'of one patient use medsam_curate --patient, then medsam_embed.')
     p = pre_parser('pre_grey_rgb2D', about, '255', '.png')
     add = p.add_argument
     add('-i', '--img_path', help='folder of pictures (default: data/MedSAMDemo_2D/train/images)')

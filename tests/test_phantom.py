@@ -233,7 +233,8 @@ def test_the_gallbladder_is_always_inside(size):
         assert (per_slice>0).sum()>=3 and largest>100, f'seed {seed}'
 
 @pytest.fixture(scope='module')
-def spacings(): return [phantom._scan(phantom._draw_person(seed), (40,512,512), None)[0] for seed in range(30)]
+def spacings():
+    return [phantom._scan(phantom._draw_person(seed), (40,512,512), None)[0] for seed in range(30)]
 
 def test_slices_are_as_far_apart_as_those_of_a_ct(spacings):
     for z,_,_ in spacings:

@@ -19,7 +19,7 @@ from scipy.spatial.distance import pdist, squareform
 from skimage.draw import polygon2mask
 from skimage.measure import label
 from .core import InputError
-from .show import _outline as mask_sides, show_box, show_line, show_outline, show_points
+from .show import mask_sides, show_box, show_line, show_outline, show_points
 from .view import Grid, as_array, resize_label
 
 # %% ../nbs/07_prompt.ipynb #44e62268

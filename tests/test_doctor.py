@@ -7,10 +7,10 @@ import pytest
 import SimpleITK as sitk
 from PIL import Image
 import tiny
-from fastcore.script import anno_parser
 from medsam_nb import doctor
-from medsam_nb.core import InputError
-from medsam_nb.curate import Recipe, curate
+from medsam_nb.core import InputError, command_parser
+from medsam_nb.curate import curate
+from medsam_nb.view import Recipe
 from medsam_nb.doctor import RULES, Exam, Folder, examine, guess_patients, list_folder, looks_like, medsam_doctor, _ask
 
 CASES = ('a1', 'a2', 'a3', 'a4')
@@ -422,10 +422,10 @@ def call(where, *args, code=0):
 def test_command_exit_codes_and_json(tmp_path):
     d = healthy(tmp_path/'d')
     before = tiny.tree(d)
-    p = call(tmp_path, d/'images', d/'labels', '--quick', '--label_id', '1,9')
+    p = call(tmp_path, d/'images', d/'labels', '--quick', '--label_ids', '1,9')
     sheet = tmp_path/'work_dir/doctor/d_images.png'
     assert '0 errors' in p.stdout and str(sheet) in p.stdout and Image.open(sheet).size[0] > 300
-    p = call(tmp_path, d/'images', d/'labels', '--quick', '--window=-1000,0', '--json', '-', '--label_id', '9')     # warnings alone: 0
+    p = call(tmp_path, d/'images', d/'labels', '--quick', '--window=-1000,0', '--json', '-', '--label_ids', '9')     # warnings alone: 0
     told = json.loads(p.stdout)
     assert told['counts'] == dict(error=0, warning=4, note=0) and {o['code'] for o in told['findings']} == {'saturated'}
     assert tiny.tree(d) == before
@@ -442,7 +442,7 @@ def test_command_refuses(tmp_path, home):
     both = str(d/'images'), str(d/'labels')
     assert 'nowhere' in call(tmp_path, d/'images', d/'nowhere', '--quick', code=2).stderr
     for options, words in ((dict(out=d/'labels'/'x.png'), 'writes nothing into the data'), (dict(out=tmp_path/'mine.png'), 'exists already'), (dict(out='x.tif'), 'must end in .png'), (dict(out=tmp_path/'d', json=tmp_path), 'must end in'),
-                           (dict(json=d/'images'/'x.json'), 'writes nothing'), (dict(json=tmp_path), 'is a folder'), (dict(label_id='liver'), 'cannot be read'), (dict(window='bone'), 'is not known')):
+                           (dict(json=d/'images'/'x.json'), 'writes nothing'), (dict(json=tmp_path), 'is a folder'), (dict(label_ids='liver'), 'cannot be read'), (dict(window='bone'), 'is not known')):
         with pytest.raises(InputError, match=words): medsam_doctor(*both, quick=True, **options)
     assert (tmp_path/'mine.png').read_text() == 'mine' and not (tmp_path/'work_dir').exists()
     medsam_doctor(*both, quick=True, out=tmp_path/'mine.png', overwrite=True, progress=False)
@@ -450,8 +450,51 @@ def test_command_refuses(tmp_path, home):
     assert Image.open(tmp_path/'mine.png').format == 'PNG' and [o.name for o in (tmp_path/'work_dir/doctor').iterdir()] == ['d_images.png']
 
 def test_command_help_tells_the_exit_codes():
-    text = ' '.join(anno_parser(medsam_doctor, prog='medsam_doctor').format_help().split())
+    text = ' '.join(command_parser(medsam_doctor).format_help().split())
     assert '0 no errors' in text and '1 errors were found' in text and '2 folders or options cannot be used' in text
+
+def test_command_has_the_options_of_examine_and_of_a_recipe():
+    options = {o for a in command_parser(medsam_doctor)._actions for o in a.option_strings}
+    assert {'--label_ids','--out','--json','--quick','--ids','--colors','--no-progress','--window','--min_pixels','--flip'}<=options
+    assert not {'--recipe','--anatomy'}&options
+
+@pytest.mark.parametrize('old,new', [('label_id','label_ids'), ('names','ids')])
+def test_old_names_of_options_work_for_one_version(old, new): assert medsam_doctor.renamed[old]==new
+
+def test_old_name_of_label_ids_warns_and_counts(tmp_path, home):
+    d = healthy(tmp_path/'d', CASES[:1])
+    with pytest.warns(FutureWarning, match='label_id is called label_ids now'):
+        r = medsam_doctor(str(d/'images'), str(d/'labels'), label_id='9', quick=True, progress=False)
+    assert r.folder.label_ids==(9,)
+
+# ---- codes
+
+SPOILS = [(nan,'nan'), (label_fraction,'label-fraction'), (label_negative,'label-negative'), (label_too_large,'label-too-large'),
+          (label_colour,'label-colour'), (unreadable,'cut-off'), (geometry_size,'pair-size'), (geometry_origin,'pair-origin')]
+@pytest.mark.parametrize('spoil,code', SPOILS)
+def test_the_table_of_cases_holds_the_code_of_the_error(tmp_path, spoil, code):
+    spoil(healthy(tmp_path))
+    rows = {r['case']:r for r in json.loads(look(tmp_path).to_json())['cases']}
+    assert {n:r['code'] for n,r in rows.items()}=={'a1':'', 'a2':code, 'a3':'', 'a4':''}
+
+def test_a_finding_of_the_reader_holds_the_code_of_its_error(tmp_path):
+    unreadable(healthy(tmp_path))
+    assert one(look(tmp_path), 'unreadable').values['error']=='cut-off'
+
+def test_rules_do_not_read_sentences(tmp_path, monkeypatch):
+    "The same findings when the reader speaks another language"
+    nan(healthy(tmp_path))
+    real = doctor.read_volume
+    def read(*args, **kwargs):
+        try: return real(*args, **kwargs)
+        except InputError as e: raise InputError('schade', e.code) from None
+    monkeypatch.setattr(doctor, 'read_volume', read)
+    assert faults(look(tmp_path))=={('nan','a2')}
+
+def test_the_voxels_of_a_header_are_not_complained_of(tmp_path):
+    healthy(tmp_path)
+    tiny.save(tmp_path/'images'/'b_0000.mhd', ct(9)[0])
+    assert 'ignored' not in {o.code for o in look(tmp_path).findings}
 
 # ---- real scans
 

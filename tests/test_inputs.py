@@ -125,8 +125,8 @@ def test_seg_lies_voxel_for_voxel(tmp_path, iop, order):
 def test_seg_alone_in_a_folder_and_by_name(tmp_path):
     heads = series(tmp_path/'s', values()); seg(tmp_path/'d'/'1-1.dcm', two(), heads); v = read_volume(tmp_path/'s')
     np.testing.assert_array_equal(read_volume(tmp_path/'d', 'label', like=v).array, as_map(two()))
-    l = read_volume(tmp_path/'d', 'label', like=v, names={'Spleen':300}); assert l.names=={300:'Spleen'} and l.array.dtype==np.uint16 and set(np.unique(l.array))=={0,300}
-    refused('none of liver', 'Liver, Spleen', like=v, names={'liver':1})(tmp_path/'d', 'label')
+    l = read_volume(tmp_path/'d', 'label', like=v, ids={'Spleen':300}); assert l.names=={300:'Spleen'} and l.array.dtype==np.uint16 and set(np.unique(l.array))=={0,300}
+    refused('none of liver', 'Liver, Spleen', like=v, ids={'liver':1})(tmp_path/'d', 'label')
     assert label_names(tmp_path/'d')==[(1,'Liver'), (2,'Spleen')]
 
 def move(by):
@@ -163,7 +163,7 @@ def test_overlapping_segments_are_refused_by_name(tmp_path):
     heads, m = series(tmp_path/'s', values()), two(); m[2,4:8,3:6,1] = 1
     seg(tmp_path/'x.dcm', m, heads); v = read_volume(tmp_path/'s')
     refused("'Liver' and 'Spleen' overlap in 4 voxels", like=v)(tmp_path/'x.dcm', 'label')
-    np.testing.assert_array_equal(read_volume(tmp_path/'x.dcm', 'label', like=v, names=dict(Spleen=2)).array, m[...,1]*2)
+    np.testing.assert_array_equal(read_volume(tmp_path/'x.dcm', 'label', like=v, ids=dict(Spleen=2)).array, m[...,1]*2)
 
 def test_kinds_of_seg(tmp_path):
     heads = series(tmp_path/'s', values()); v, m = read_volume(tmp_path/'s'), two()
@@ -192,15 +192,15 @@ def test_structures(tmp_path):
     l = read_volume(d, 'label')
     assert l.names=={1:'Leber', 2:'aorta', 3:'spleen'} and l.case=='case.1' and l.path==d and label_names(d)==[(None,'Leber'), (None,'aorta'), (None,'spleen')]
     for i,k in ((1,2), (2,3), (3,1)): np.testing.assert_array_equal(l.array==i, lab==k)
-    l = read_volume(d, 'label', names=dict(spleen=300, aorta=9, heart=4)); assert l.names=={9:'aorta', 300:'spleen'} and set(np.unique(l.array))=={0,9,300}
-    refused('none of heart', 'Leber, aorta, spleen', names=dict(heart=1))(d, 'label')
-    for bad in (dict(spleen=0), dict(spleen=1, aorta=1), dict(spleen='x'), {}, dict(spleen=1.5)): refused('id of its own', names=bad)(d, 'label')
+    l = read_volume(d, 'label', ids=dict(spleen=300, aorta=9, heart=4)); assert l.names=={9:'aorta', 300:'spleen'} and set(np.unique(l.array))=={0,9,300}
+    refused('none of heart', 'Leber, aorta, spleen', ids=dict(heart=1))(d, 'label')
+    for bad in (dict(spleen=0), dict(spleen=1, aorta=1), dict(spleen='x'), {}, dict(spleen=1.5)): refused('id of its own', ids=bad)(d, 'label')
     refused('without DICOM slices')(d)
 
 def test_structures_that_do_not_fit(tmp_path):
     lab = scan(organs=((1,20,20,8), (2,40,50,9)))[1]; d = structures(tmp_path/'c', lab, a=1, b=2)
     save(d/'b.nii.gz', (lab>0).astype(np.uint8)*255); refused("'a' and 'b' overlap", 'c: ')(d, 'label')
-    assert read_volume(d, 'label', names=dict(b=1)).array.sum()==(lab>0).sum()          # 255 is a mask like any other
+    assert read_volume(d, 'label', ids=dict(b=1)).array.sum()==(lab>0).sum()          # 255 is a mask like any other
     save(d/'b.nii.gz', lab); refused('b.nii.gz', 'holds the ids [1, 2]')(d, 'label')
     save(d/'b.nii.gz', (lab==2).astype(np.uint8), origin=(5,0,0)); refused('b.nii.gz', 'origin')(d, 'label')
     save(d/'b.nii.gz', lab*0); assert read_volume(d, 'label').names=={1:'a', 2:'b'}       # TotalSegmentator writes empty files too
@@ -209,9 +209,9 @@ def test_structures_that_do_not_fit(tmp_path):
 
 def test_what_is_not_for_a_label_is_refused(tmp_path):
     img, lab = scan(); save(tmp_path/'i.nii.gz', img); save(tmp_path/'l.nii.gz', lab); v = read_volume(tmp_path/'i.nii.gz')
-    refused('names are for folders', names=dict(a=1))(tmp_path/'l.nii.gz', 'label')
+    refused('ids are for folders', ids=dict(a=1))(tmp_path/'l.nii.gz', 'label')
     refused('colors are for pictures', colors={'#ff0000':1})(tmp_path/'l.nii.gz', 'label')
-    for kw in (dict(like=v), dict(names=dict(a=1)), dict(colors={'#ff0000':1})): refused("kind='label'", **kw)(tmp_path/'i.nii.gz')
+    for kw in (dict(like=v), dict(ids=dict(a=1)), dict(colors={'#ff0000':1})): refused("kind='label'", **kw)(tmp_path/'i.nii.gz')
     d = structures(tmp_path/'d', lab, a=9); refused('not for a folder of structures', colors={'#ff0000':1})(d, 'label')
     assert read_volume(tmp_path/'l.nii.gz', 'label', like=read_volume(tmp_path/'i.nii.gz', plane='coronal')).source.plane=='coronal'
 
@@ -339,7 +339,7 @@ def test_curation_reads_colour_masks(tmp_path):
 def test_pairs_as_text():
     assert parse_pairs(None) is None and parse_pairs('a=1, b c=2')=={'a':1, 'b c':2}
     for bad in ('a', 'a=', '=1', 'a=x', 'a=1,a=2', ''):
-        with pytest.raises(InputError, match='names'): parse_pairs(bad)
+        with pytest.raises(InputError, match='ids'): parse_pairs(bad)
 
 def test_curate_needs_labels(tmp_path): refused('no labels are given', f=curate)(tmp_path)
 

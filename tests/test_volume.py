@@ -1,5 +1,6 @@
 "Geometry round trips and refusals of medsam_nb.volume"
 import gzip, itertools, os, struct, tempfile, unicodedata, warnings
+from dataclasses import replace
 from pathlib import Path
 import numpy as np, pytest
 import SimpleITK as sitk
@@ -7,9 +8,11 @@ from PIL import Image
 from hypothesis import HealthCheck, given, settings, strategies as st
 from scipy.spatial.transform import Rotation
 from tiny import dicom, python
+from medsam_nb import volume
 from medsam_nb.core import InputError
-from medsam_nb.volume import (Case, Geometry, Volume, case_name, check_pair, choose_plane, display_axes, display_geometry, find_cases,
-                              image_values, label_values, read_volume, split_name, to_display, to_stored, write_mask, write_volume)
+from medsam_nb.volume import (FLAT, FORMATS, MEDICAL, Case, Format, Geometry, Volume, case_name, check_pair, choose_plane,
+                              display_axes, display_geometry, find_cases, format_of, image_values, label_values, read_volume,
+                              split_name, to_display, to_stored, writable, write_mask, write_volume)
 
 sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
 EXTS = ['.nii.gz', '.nii', '.nrrd', '.mha']
@@ -421,6 +424,76 @@ def test_names():
 def test_two_series_in_one_folder(tmp_path):
     for s in '12': dicom(tmp_path/f'{s}.dcm', np.zeros((5,4), np.int16), g0008_0060='CT', g0020_000e=f'1.2.{s}', g0020_000d='1.2', g0008_0018=f'1.2.{s}.1')
     fails(tmp_path, '2 DICOM series')
+
+# formats and codes
+
+@pytest.mark.parametrize('flat', [False, True])
+def test_what_is_writable_is_written_and_nothing_else(tmp_path, flat):
+    v = Volume(np.ones((1,4,5), np.uint8), (1,1,1))
+    if flat: v = Volume(v.array, v.spacing, source=Geometry((5,4), (1.,1.), (0.,0.), (1.,0.,0.,1.), 'image'))
+    done = []
+    for form in FORMATS:
+        try: done.append(split_name(write_mask(v.array, v, tmp_path/f'm{form.ext}'))[1])
+        except InputError as e: assert e.code=='not-writable'
+    assert tuple(done)==writable(flat)
+
+def test_a_format_is_a_row_and_its_reader(tmp_path, monkeypatch):
+    "What `.mgz` would cost: a row of the table and a function that reads"
+    def read_mgz(form, path, kind, colors): return np.ones((3,4,5), np.int16), Geometry((5,4,3), (1.,1.,2.), (0.,0.,0.), tuple(np.eye(3).ravel()))
+    monkeypatch.setattr(volume, 'FORMATS', FORMATS+(Format('.mgz', read=read_mgz),))
+    (tmp_path/'i').mkdir()
+    (tmp_path/'l').mkdir()
+    for k in 'il': (tmp_path/k/'brain.mgz').write_bytes(b'x')
+    case, = find_cases(tmp_path/'i', tmp_path/'l')
+    v = read_volume(case.image)
+    assert v.case=='brain' and v.shape==(3,4,5)
+    check_pair(v, read_volume(case.label, 'label'))
+    assert '.mgz' not in writable(False)
+
+def test_endings_follow_from_the_rows():
+    assert MEDICAL+FLAT==tuple(f.ext for f in FORMATS)
+    assert MEDICAL==('.nii.gz','.nii','.nrrd','.mha','.mhd')
+    assert format_of('x.MHD').beside==('.raw','.zraw') and format_of('x.txt') is None
+
+def coded(code, f, *args, **kwargs):
+    with pytest.raises(InputError) as e: f(*args, **kwargs)
+    assert e.value.code==code
+
+@pytest.mark.parametrize('what', ['size','spacing','origin','direction'])
+def test_the_code_of_a_pair_names_the_difference(what):
+    a = np.zeros((3,4,5), np.uint8)
+    plain = Volume(a, (1,1,1)).source
+    tilt = tuple(Rotation.from_euler('x', 1, degrees=True).as_matrix().ravel())
+    other = dict(size=plain, spacing=replace(plain, spacing=(2.,1.,1.)), origin=replace(plain, origin=(1.,0.,0.)),
+                 direction=replace(plain, direction=tilt))[what]
+    coded(f'pair-{what}', check_pair, Volume(a, (1,1,1)), Volume(a[1:] if what=='size' else a, (1,1,1), source=other))
+
+VALUES = [([np.nan],'nan'), ([.5],'label-fraction'), ([-1],'label-negative'), ([70000],'label-too-large'), (['a'],'no-numbers')]
+@pytest.mark.parametrize('values,code', VALUES)
+def test_labels_are_refused_with_a_code(values, code): coded(code, label_values, np.array(values))
+
+def test_files_are_refused_with_a_code(tmp_path):
+    p = write(make((4,5,6), (1,2,3), (0,0,0), np.eye(3)), tmp_path/'x.nii')
+    p.write_bytes(p.read_bytes()[:-9])
+    coded('cut-off', read_volume, p)
+    coded('missing', read_volume, tmp_path/'y.nii')
+    Image.fromarray(np.arange(60, dtype=np.uint8).reshape(4,5,3)).save(tmp_path/'c.png')
+    coded('label-colour', read_volume, tmp_path/'c.png', 'label')
+
+def test_a_picture_is_flat_and_a_slice_with_millimetres_is_not(tmp_path):
+    Image.fromarray(np.zeros((4,5), np.uint8)).save(tmp_path/'x.png')
+    im = sitk.GetImageFromArray(np.zeros((4,5), np.uint8))
+    im.SetSpacing((.5,.7))
+    assert read_volume(tmp_path/'x.png').flat
+    assert not read_volume(write(im, tmp_path/'x.nii')).flat
+    assert not Volume(np.zeros((1,4,5), np.uint8), (1,1,1)).flat
+
+def test_the_old_name_of_ids_warns(tmp_path):
+    d = tmp_path/'case'
+    v = Volume(np.ones((3,4,5), np.uint8), (1,1,1))
+    write_mask(v.array, v, d/'liver.nii.gz')
+    with pytest.warns(FutureWarning, match='names is called ids now'): l = read_volume(d, 'label', names=dict(liver=7))
+    assert l.names=={7:'liver'}
 
 # real files
 

@@ -63,12 +63,12 @@ endif
 	@echo; echo "== 5/5 evaluate, pretrained against fine-tuned: work_dir/$(RUN)"
 	$(BIN)/medsam_evaluate $(NPZ) --run $(RUN) --seed $(SEED)
 
-# Two CPU cores are enough: two notebooks at a time, then two test files at a time, one thread each. Both always run; either fails the target.
+# Two CPU cores are enough: two notebooks at a time, then two groups of tests at a time (tests/conftest.py), one thread each. Both always run; either fails the target.
 test: $(STAMP)
 	@rc=0; echo "== notebooks"; \
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python tools/nbtest.py || rc=1; \
 	echo "== pytest"; \
-	$(BIN)/python -m pytest tests -n 2 --dist loadfile --no-loadscope-reorder --durations=15 || rc=1; \
+	$(BIN)/python -m pytest tests -n 2 --dist loadgroup --no-loadscope-reorder --durations=40 || rc=1; \
 	exit $$rc
 
 bench: $(STAMP)

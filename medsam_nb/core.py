@@ -290,9 +290,13 @@ def _given(func)->dict:
         options[name] = value
     return options
 
-def _read_words(kwargs:dict)->dict:
-    "Words as values, by the readers of their parameters"
-    return {k:READERS[k](v) if k in READERS else v for k,v in kwargs.items()}
+def _read_words(func, kwargs:dict)->dict:
+    "Words as values, by the readers of their parameters, whose names may be those of yesterday"
+    out = dict(kwargs)
+    for k,v in kwargs.items():
+        reader = READERS.get(getattr(func, 'renamed', {}).get(k, k))
+        if reader: out[k] = reader(v)
+    return out
 
 def command(
     func, # function with docments; from a console its return value is dropped, but for an `exit_code` it may have
@@ -301,9 +305,10 @@ def command(
     @wraps(func)
     def _f(*args, **kwargs):
         if args or kwargs or not _is_console(func, inspect.currentframe().f_back):
-            return func(*args, **_read_words(kwargs))
+            named = dict(zip(inspect.signature(func).parameters, args)) # in the order of the options
+            return func(**_read_words(func, named|kwargs))
         options = _given(func)
-        res = run_command(func.__name__, lambda: func(**_read_words(options)))
+        res = run_command(func.__name__, lambda: func(**_read_words(func, options)))
         if code:=getattr(res, 'exit_code', 0): sys.exit(code)
     return _f
 

@@ -20,8 +20,12 @@ from tqdm import tqdm
 from .core import (InputError, atomic_path, command, data_dir, delegates, home, renamed,
                             sha256_array, sha256_file)
 from .view import Grid, Recipe, View, check_choice, resize_label
-from .volume import (Cases, Volume, check_colors, check_names, find_cases, label_names,
+from .volume import (Cases, Volume, check_colors, check_ids, find_cases, label_names,
                               read_volume)
+
+# %% ../nbs/06_curate.ipynb #0ddba11e
+from medsam_nb.core import parse_ids, parse_pairs, parse_window as _parse_window
+from medsam_nb.view import WINDOWS, fit_shape, intensity_limits, normalize, rescale, resize_image
 
 # %% ../nbs/06_curate.ipynb #1d79350e
 def code_labels(
@@ -348,7 +352,7 @@ def _pair_hash(case, how:dict)->str:
 def _read_pair(case, how:dict)->tuple:
     "Image and label of a case"
     vol = read_volume(case.image, series=how['series'])
-    lab = read_volume(case.label, kind='label', like=vol, names=how['ids'], colors=how['colors'])
+    lab = read_volume(case.label, kind='label', like=vol, ids=how['ids'], colors=how['colors'])
     return replace(vol, case=case.case), lab
 
 def _curate_file(case, how:dict, recipe:Recipe, staged:Path, done, overwrite:bool, strict:bool)->dict:
@@ -627,7 +631,7 @@ def curate(
     folder = Path(data_dir('npz') if out is None else out).absolute()/recipe.name
     old,done,patients = _look(cases, folder, patient)
     if series is not None: series = str(series)
-    ids,colors = ids and check_names(ids),colors and check_colors(colors)
+    ids,colors = ids and check_ids(ids),colors and check_colors(colors)
     anew = overwrite and set(done)<=set(patients)
     known,how = _names_and_ways(cases, ids, series, colors, {} if anew else read_names(folder))
     if every: recipe = replace(recipe, label_ids=_all_label_ids(cases, workers, set(known), colors))

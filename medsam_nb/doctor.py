@@ -20,7 +20,8 @@ from .core import (InputError, atomic_path, command, data_dir, delegates, parse_
 from .curate import count_drops, curate_case, patient_of, _how_to_read, _merge_names, _names_of
 from .show import show_grid
 from .view import Recipe, fit_shape, intensity_limits, normalize
-from .volume import (FORMATS, Case, Cases, Volume, case_name, check_colors, check_ids, check_pair, display_geometry,
+from .volume import (FORMATS, Case, Cases, Volume, case_name, check_colors, check_ids, check_pair,
+                              display_geometry,
                               find_cases, format_of, read_volume, split_name)
 
 # %% ../nbs/15_doctor.ipynb #e0d00009
@@ -58,9 +59,11 @@ def rule(
         return f
     return add
 
+# %% ../nbs/15_doctor.ipynb #45e0f73c
 def _ask(when:str, subject, case:str='')->list:
     "Findings of all rules of a kind about a folder or a case"
-    def findings(r): return [Finding(r.level, r.code, o.case or case, o.message, o.do, o.values) for o in r.find(subject)]
+    def findings(r): return [Finding(r.level, r.code, o.case or case, o.message, o.do,
+                                     o.values) for o in r.find(subject)]
     return [o for r in RULES.values() if r.when==when for o in findings(r)]
 
 # %% ../nbs/15_doctor.ipynb #0fbc81e9
@@ -87,6 +90,8 @@ def _some(names, n:int=5)->str:
 @lru_cache(None)
 def _squash(s:str)->str: # without capitals, kinds of separators and leading zeros
     return re.sub(r'0+(?=\d)', '', re.sub(r'[-_. ]+', '_', s.casefold()))
+
+# %% ../nbs/15_doctor.ipynb #366d0f19
 @lru_cache(None)
 def _numbers(s:str)->list: return [int(o) for o in re.findall(r'\d+', s)]
 
@@ -172,6 +177,7 @@ def _clear_pairs(ims:list, labs:list, suffix:str)->tuple:
         elif i and l: twice[c] = [p.name for p in i+l]
     return cases, twice
 
+# %% ../nbs/15_doctor.ipynb #707819be
 def _pair(images:Path, labels:Path, suffix:str)->tuple:
     "Cases that pair and names that several claim; `InputError` when there is nothing to pair"
     try:
@@ -223,6 +229,7 @@ def _no_pairs(f):
 
 def _near(f, how:str)->list: return [(p, q) for p,(q,h) in f.near.items() if h==how]
 
+# %% ../nbs/15_doctor.ipynb #d37a5fd6
 @rule('files', 'error')
 def _image_suffix(f):
     ends = Counter(split_name(p)[0].removeprefix(split_name(q)[0]) for p,q in _near(f, 'suffix'))
@@ -231,23 +238,28 @@ def _image_suffix(f):
     do = f'pass --image_suffix {ends.most_common(1)[0][0]}'
     if len(ends)>1: do += ', and give all images the same ending'
     more = _some(map(repr, ends))
-    yield Found(f'nothing pairs: image names have {more} more than label names, and {f.suffix!r} was looked for ({pairs})',
+    yield Found(f'nothing pairs: image names have {more} more than label names, '
+                f'and {f.suffix!r} was looked for ({pairs})',
                 do, dict(suffixes=dict(ends)))
 
+# %% ../nbs/15_doctor.ipynb #9f73e3fa
 @rule('files', 'error')
 def _label_suffix(f):
     pairs = _near(f, 'label-suffix')
     if not f.guessed or not pairs: return
     some = _some([f'{p.name} + {q.name}' for p,q in pairs], 2)
     yield Found(f'nothing pairs: label names have an ending that image names do not ({some})',
-                'rename the labels so that they are named like their images', dict(pairs=[[p.name, q.name] for p,q in pairs]))
+                'rename the labels so that they are named like their images', dict(pairs=[[p.name, q.name] for p,
+                                                                                          q in pairs]))
 
 # %% ../nbs/15_doctor.ipynb #d815f104
 @rule('files', 'error')
 def _pairs_twice(f):
     for c,names in f.twice.items():
-        yield Found(f'several files claim this case: {", ".join(names)}', 'keep one image and one label of it', dict(files=names), c)
+        yield Found(f'several files claim this case: {", ".join(names)}', 'keep one image and one label of it',
+                    dict(files=names), c)
 
+# %% ../nbs/15_doctor.ipynb #f672bf84
 _DIFFERS = {'spelling':'capitals, zeros or separators differ', 'suffix':'suffix differs',
             'label-suffix':'label-suffix differs', 'similar':'a similar name'}
 
@@ -260,16 +272,19 @@ def _near_miss(f):
         yield Found(f'{p.name} has no label, but {q.name} is nearly its name ({_DIFFERS[how]})', do,
                     dict(image=p.name, label=q.name), p.name)
 
+# %% ../nbs/15_doctor.ipynb #1ec8451b
 @rule('files', 'warning')
 def _unpaired(f):
     known = {*f.near, *(q for q,_ in f.near.values())}
     for p in f.unpaired if f.cases or f.twice else ():
         if p in known: continue
         what = 'label' if p.parent==f.images else 'image'
-        yield Found(f'{_where(p)} has no {what}; it is left out', 'bring the partner, or move the file away', dict(file=str(p)), p.name)
+        yield Found(f'{_where(p)} has no {what}; it is left out', 'bring the partner, or move the file away',
+                    dict(file=str(p)), p.name)
 
 # %% ../nbs/15_doctor.ipynb #f9e26eea
-_OTHER = ('.dcm','.ima','.npy','.npz','.mat','.zip','.gz','.tar','.h5','.hdf5','.img','.hdr','.mgz','.svs','.gif','.webp')
+_OTHER = ('.dcm','.ima','.npy','.npz','.mat','.zip','.gz','.tar','.h5','.hdf5','.img','.hdr','.mgz','.svs','.gif',
+          '.webp')
 
 def _holds_images(p:Path)->bool: return p.is_file() and not p.name.startswith('.') and p.suffix.lower() in _OTHER
 
@@ -278,6 +293,7 @@ def _is_beside(p:Path)->bool:
     headers = [f.ext for f in FORMATS if p.suffix.lower() in f.beside]
     return any(p.with_suffix(e).exists() for ext in headers for e in (ext, ext.upper()))
 
+# %% ../nbs/15_doctor.ipynb #143a356e
 @rule('files', 'warning')
 def _unread_format(f):
     for p in filter(_holds_images, f.ignored):
@@ -289,11 +305,12 @@ def _ignored(f):
     other = [p for p in f.ignored if p.is_file() and not _holds_images(p) and not _is_beside(p)]
     if not other: return
     some = _some(map(_where, other))
-    yield Found(f'{_many(len(other), "file")} of another kind or hidden: {some}; ignored', '', dict(files=[str(p) for p in other]))
+    yield Found(f'{_many(len(other), "file")} of another kind or hidden: {some}; ignored', '',
+                dict(files=[str(p) for p in other]))
 
 # %% ../nbs/15_doctor.ipynb #e0d00017
 def _shifted_ct(v:np.ndarray)->bool:
-    "Is air near 0 and more than half of the rest between 850 and 1250, where fat and soft tissue land when 1024 was added?"
+    "Is air near 0 and half of the rest between 850 and 1250, where soft tissue lands when 1024 was added?"
     rest = v[v>=300]
     if not 0<len(rest)<len(v): return False
     return ((rest>=850)&(rest<=1250)).mean()>.5 and (v<200).mean()>.02
@@ -305,6 +322,7 @@ def _is_label_map(v:np.ndarray, lo, hi)->bool:
     if len(few)>64 or not (v==0).mean()>.3: return False
     return bool((few==np.round(few)).all()) and len(np.unique(v))<=64
 
+# %% ../nbs/15_doctor.ipynb #a186c223
 def looks_like(
     values:np.ndarray, # (n,) grey values, all of them or an even sample
     lo:float=None, # lowest value of all; None: that of `values`
@@ -330,6 +348,7 @@ def _sentence(e:Exception, path)->str:
     "What an error says, with the file's name in place of its path"
     return ' '.join(str(e).replace(str(path), Path(path).name).split())
 
+# %% ../nbs/15_doctor.ipynb #0d636627
 @dataclass
 class _Read:
     "Image and label of one case, and what the readers say when they cannot"
@@ -346,7 +365,7 @@ class _Read:
     def __post_init__(self):
         self.image = self._try('image', self.case.image, series=self.how.get('series'))
         how = dict(ids=self.how.get('ids', self.how.get('names')), colors=self.how.get('colors'))
-        if not format_of(self.case.label): how['like'] = self.image # a folder, or DICOM-SEG: it is laid on the grid of its image
+        if not format_of(self.case.label): how['like'] = self.image # a folder or DICOM-SEG lies on the grid of its image
         self.label = self._try('label', self.case.label, **how)
         if self.label is None: self.raw = self._try('label', self.case.label, 'image')
         if self.errors: return
@@ -374,6 +393,7 @@ def _counts(label:Volume)->pd.DataFrame:
     t = pd.DataFrame(n, columns=[int(i) for i in ids])
     return t.loc[:,[i for i in t if i and t[i].any()]]
 
+# %% ../nbs/15_doctor.ipynb #7f46bc26
 class Exam(_Read):
     "One case while its voxels are in memory; the rules ask it"
     @cached_property
@@ -423,7 +443,8 @@ class Exam(_Read):
 @rule('case', 'error')
 def _swapped(x):
     if not x.swapped: return
-    yield Found(f'{x.case.image.name} among the images is a label map, and {x.case.label.name} among the labels is none',
+    yield Found(f'{x.case.image.name} among the images is a label map, '
+                f'and {x.case.label.name} among the labels is none',
                 'exchange the two files, or give the two folders in the other order')
 
 def _reads(x, code:str=''):
@@ -451,6 +472,7 @@ def _label_probabilities(x):
         message = f'the label holds fractions from 0 to 1: these are probabilities, not labels. {o.message}'
         yield o._replace(message=message, do='threshold them, for instance at 0.5, and save whole numbers')
 
+# %% ../nbs/15_doctor.ipynb #ae49a6e8
 @rule('case', 'error')
 def _label_fraction(x):
     for o in _reads(x, 'label-fraction') if not _fractions(x) else ():
@@ -510,7 +532,8 @@ def _geometry_spacing(x):
 
 @rule('case', 'error')
 def _geometry_origin(x):
-    yield from _differs(x, 'origin', ' mm', 'look at the picture: if the voxels lie on each other, copy the header of the image '
+    yield from _differs(x, 'origin', ' mm',
+                        'look at the picture: if the voxels lie on each other, copy the header of the image '
                         'into the label; if they are mirrored, the label lost its direction')
 
 @rule('case', 'error')
@@ -540,7 +563,8 @@ def _size_odd(x):
 @rule('case', 'note')
 def _spacing_unit(x):
     if not _in_mm(x) or not (x.image.spacing==1).all(): return
-    yield Found('spacing is 1 x 1 x 1 mm, which is also what files have that lost theirs', 'check it; volumes and NSD depend on it')
+    yield Found('spacing is 1 x 1 x 1 mm, which is also what files have that lost theirs',
+                'check it; volumes and NSD depend on it')
 
 # %% ../nbs/15_doctor.ipynb #e0d0001f
 @rule('case', 'warning')
@@ -554,11 +578,13 @@ def _label_many_ids(x):
     yield Found(f'the label holds {len(x.ids)} different ids, {min(x.ids)} to {max(x.ids)}',
                 'is it an image, or are single objects numbered? Give each class one number', dict(ids=x.ids[:300]))
 
+# %% ../nbs/15_doctor.ipynb #96c4378d
 @rule('case', 'warning')
 def _no_background(x):
     share = x.counts.to_numpy().sum()/x.label.array.size if x.ids else 0
     if share<=.95: return
-    yield Found(f'{share:.0%} of the label are not 0', 'is object and background exchanged? The background must be 0', dict(share=share))
+    yield Found(f'{share:.0%} of the label are not 0', 'is object and background exchanged? The background must be 0',
+                dict(share=share))
 
 @rule('case', 'note')
 def _label_255(x):
@@ -572,7 +598,8 @@ def _one_slice(x):
         if len(on)!=1: continue
         n = int(x.counts[i].sum())
         do = 'look at it: a stray click, or the edge of an organ that lies outside the scan?'
-        yield Found(f'label {i} is on one slice only (slice {on[0]}, {n} voxels)', do, dict(id=i, slice=int(on[0]), voxels=n))
+        yield Found(f'label {i} is on one slice only (slice {on[0]}, {n} voxels)', do,
+                    dict(id=i, slice=int(on[0]), voxels=n))
 
 @rule('case', 'warning')
 def _nothing_kept(x):
@@ -602,6 +629,7 @@ def _window_8bit(x):
     yield Found(f'the image has 8-bit grey values (0 to 255) and the window {x.wanted.window!r} is in Hounsfield units',
                 'pass --modality Photo (or MR, XR, US), which scales by percentiles')
 
+# %% ../nbs/15_doctor.ipynb #2670a1aa
 @rule('case', 'warning')
 def _already_windowed(x):
     if not x.ct or x.looks!='0 to 255' or x.image.array.dtype==np.uint8: return
@@ -639,7 +667,8 @@ def _clipped(x):
 @rule('case', 'note')
 def _no_air(x):
     if not x.ct or x.looks!='HU without air': return
-    yield Found(f'{_values(x)}, no air: cropped to the inside of a body, or shifted', 'fine if it is cropped', _limits(x))
+    yield Found(f'{_values(x)}, no air: cropped to the inside of a body, or shifted', 'fine if it is cropped',
+                _limits(x))
 
 @rule('case', 'warning')
 def _hu_without_window(x):
@@ -647,6 +676,7 @@ def _hu_without_window(x):
     yield Found(f'{_values(x)} look like Hounsfield units, and modality is {x.wanted.modality!r}, '
                 'so each scan would be scaled by its own percentiles', 'pass --modality CT', _limits(x))
 
+# %% ../nbs/15_doctor.ipynb #f80eeacf
 def _reaches_far(x)->bool:
     "Are there values that neither tissue nor most of the image explains?"
     lo,hi = x.span
@@ -683,7 +713,7 @@ def _not_curated(x):
 def guess_patients(
     cases:list, # case names
 )->tuple: # (regular expression, {patient: [cases]}), or (None, {}) when each case may well be a patient
-    "A pattern for `patient_of` where names share their first running number and differ after it, like ABD_001_64 and ABD_001_74"
+    "A pattern for `patient_of` where names share their first running number, like ABD_001_64 and ABD_001_74"
     split = [re.split(r'(\d+)', c) for c in cases]
     for k in range(1, min(map(len, split), default=0), 2):
         if len({tuple(s[:k]) for s in split})>1: break # names differ before this number: no common shape
@@ -702,16 +732,20 @@ def _duplicate_image(f):
         if r['looks_like'] in ('', 'constant', 'label map'): continue
         a = first.setdefault(r['hash'], r['case'])
         if a==r['case']: continue
-        yield Found(f'it has exactly the voxels of {a}', 'keep one of them: one in training and the other in the test part '
+        yield Found(f'it has exactly the voxels of {a}',
+                    'keep one of them: one in training and the other in the test part '
                     'would make every score too good', dict(same_as=a), r['case'])
 
+# %% ../nbs/15_doctor.ipynb #a6588aae
 @rule('folder', 'error')
 def _patient_pattern(f):
     fits = f.patients()
     for c in f.cases:
         if c.case in fits: continue
-        yield Found(f'the pattern {f.patient!r} finds no patient in this name', 'mend --patient, or rename the case', {}, c.case)
+        yield Found(f'the pattern {f.patient!r} finds no patient in this name', 'mend --patient, or rename the case',
+                    {}, c.case)
 
+# %% ../nbs/15_doctor.ipynb #2ccd209d
 @rule('folder', 'warning')
 def _several_scans(f):
     pattern,who = guess_patients([c.case for c in f.cases]) if f.patient is None else (None, {})
@@ -725,7 +759,8 @@ def _several_scans(f):
 def _few_patients(f):
     n = len(set(f.patients().values()))
     if not f.cases or n>=3: return
-    yield Found(f'there {"is" if n==1 else "are"} {_many(n, "patient")}', 'with fewer than three there is no split into training, '
+    yield Found(f'there {"is" if n==1 else "are"} {_many(n, "patient")}',
+                'with fewer than three there is no split into training, '
                 'validation and test; one is enough to try things out', dict(patients=n))
 
 # %% ../nbs/15_doctor.ipynb #e0d00049
@@ -747,6 +782,7 @@ def _id_absent(f):
         yield Found(f'label id {i} is wanted and no label has it; there are {_some(f.there, 20)}',
                     'give other ids with --label_ids', dict(id=i, there=f.there))
 
+# %% ../nbs/15_doctor.ipynb #06fc0036
 @rule('folder', 'warning')
 def _id_lonely(f):
     if len({o['case'] for o in f.ids})<3: return
@@ -774,7 +810,8 @@ def _small_organ(f):
 def _no_slice_kept(f):
     if not f.seen or any(r['kept'] for r in f.rows): return
     wanted = 'all' if f.label_ids=='all' else _some(f.recipe.label_ids)
-    yield Found('no slice of any case would be kept', f"the ids wanted are {wanted}; the labels hold {_some(f.there, 20) or 'none'}")
+    yield Found('no slice of any case would be kept',
+                f"the ids wanted are {wanted}; the labels hold {_some(f.there, 20) or 'none'}")
 
 @rule('folder', 'note')
 def _label_default(f):
@@ -813,6 +850,7 @@ def _sample(x:Exam)->dict:
     a = x.curated[0]
     return dict(_packed(a), imgs=a['imgs'][:2], content=fit_shape(a['source_shape'][1:], x.wanted.size, x.wanted.fit))
 
+# %% ../nbs/15_doctor.ipynb #ee8c3b33
 def _time_embedding(samples:list, model:str, checkpoint, device)->dict:
     "Seconds and bytes of one embedding, the model's name, and the device"
     from medsam_nb.embed import encode # these import torch, which takes seconds that a quick look does without
@@ -865,6 +903,7 @@ def _uncurated(x:Exam)->tuple:
     im = normalize(x.image.array[z], recipe)
     return f'{name} z={z} {x.status}', im, None if lab is None else lab[z].astype(int)
 
+# %% ../nbs/15_doctor.ipynb #2470a292
 def _thumbnail(x:Exam)->tuple:
     "(title, image (H,W,3) or (H,W) uint8, label ids (H,W) or None) for the sheet"
     a = x.curated[0]
@@ -904,10 +943,12 @@ def _clock(s:float)->str:
     if s>=5400: return f'{s/3600:.1f} h'
     return f'{s/60:.0f} min' if s>=90 else f'{max(s, 1):.0f} s'
 
+# %% ../nbs/15_doctor.ipynb #93127f9c
 def _wrap(text:str, indent:int)->str:
     "Lines of at most 118 columns"
     pad = ' '*indent
-    return textwrap.fill(text, 118, initial_indent=pad, subsequent_indent=pad, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(text, 118, initial_indent=pad, subsequent_indent=pad, break_long_words=False,
+                         break_on_hyphens=False)
 
 def _plain(o):
     "numpy values as Python's, for JSON"
@@ -943,7 +984,8 @@ class Report:
         "A row per label id: cases, voxels, ml and slices"
         if not len(self.labels): return pd.DataFrame(columns=_ORGAN)
         g = self.labels.groupby('id')
-        sums = dict(wanted=g.wanted.first(), cases=g.case.nunique(), voxels=g.voxels.sum(), ml_min=g.ml.min(), ml_max=g.ml.max(),
+        sums = dict(wanted=g.wanted.first(), cases=g.case.nunique(), voxels=g.voxels.sum(), ml_min=g.ml.min(),
+                    ml_max=g.ml.max(),
                     slices=g.slices.sum(), kept=g.kept.sum())
         return pd.DataFrame(sums).reset_index()
     def __repr__(self): return '\n'.join(_letter(self))
@@ -990,6 +1032,7 @@ def _window_text(w)->str:
 
 def _pairs_text(v): return ','.join(f'{a}={b}' for a,b in v.items()) if isinstance(v, dict) else v
 
+# %% ../nbs/15_doctor.ipynb #7721152e
 def _next_command(f:Folder)->str:
     "The call of medsam_curate that this examination was about"
     r,d = f.recipe,Recipe(modality=f.recipe.modality)
@@ -1004,6 +1047,7 @@ def _next_command(f:Folder)->str:
         if v!=default: text += [f'--{k}', str(v)]
     return shlex.join(text)
 
+# %% ../nbs/15_doctor.ipynb #f3cc4f39
 def _grouped(findings:list):
     "Lines for findings of one level, each code once"
     groups = defaultdict(list)
@@ -1032,6 +1076,7 @@ def _told_cases(c:pd.DataFrame):
     yield _wrap(f'{kept}, {c.dropped.sum()} dropped, {failed} failed. Left out: {left}', 2)
     yield _wrap(f"sliced {_counted(c.plane, image='as 2-D pictures')}; values look like {_counted(c.looks_like)}", 2)
 
+# %% ../nbs/15_doctor.ipynb #26734ab0
 def _told_organs(r):
     "How much there is of each label"
     wanted = r.organs.wanted.astype(bool)
@@ -1043,6 +1088,7 @@ def _told_organs(r):
     if len(organs)>15: yield f'  and {len(organs)-15} labels more (.organs)'
     if len(organs)<len(r.organs): yield _wrap(f'labels that are not wanted: {_some(r.organs.id[~wanted], 20)}', 2)
 
+# %% ../nbs/15_doctor.ipynb #71eccc14
 def _told_needs(d:dict):
     "Disk and time"
     if 'bytes' not in d: return
@@ -1079,8 +1125,10 @@ def _geometry_row(im)->dict:
     "What a case's row says about its image"
     if im is None: return dict(shape=None, spacing=None, plane='', dtype='', hash='')
     mm = tuple(round(float(o), 4) for o in im.spacing)
-    return dict(shape=im.shape, spacing=mm, plane=im.source.plane, dtype=str(im.array.dtype), hash=sha256_array(im.array))
+    return dict(shape=im.shape, spacing=mm, plane=im.source.plane, dtype=str(im.array.dtype),
+                hash=sha256_array(im.array))
 
+# %% ../nbs/15_doctor.ipynb #97324b62
 def _row(x:Exam)->dict:
     "A case's row of the table of cases"
     _,drops = x.curated
@@ -1092,6 +1140,7 @@ def _row(x:Exam)->dict:
     return dict(case=x.case.case, image=x.case.image.name, label=x.case.label.name, low=lo, high=hi, looks_like=x.looks,
                 kept=x.kept, dropped=dropped, reasons=reasons, status=x.status, code=code, **_geometry_row(x.image))
 
+# %% ../nbs/15_doctor.ipynb #9bf9f3e4
 def _label_rows(x:Exam)->list:
     "Rows of the table of labels"
     arrays,_ = x.curated
@@ -1122,6 +1171,7 @@ def _check_pattern(patient):
     try: re.compile(patient or '')
     except re.error as e: raise InputError(f'patient pattern {patient!r} is not a regular expression: {e}') from None
 
+# %% ../nbs/15_doctor.ipynb #bbb408e0
 def _visit(f:Folder, quick:bool, progress:bool)->tuple: # findings, thumbnails, samples, seconds
     "Lay one case after the other on the table, keep rows, small pictures and findings, and let the voxels go"
     how = _reading(f)
@@ -1181,16 +1231,19 @@ def _outside(path, images, labels, what:str, own:bool, overwrite:bool):
     p = Path(path).expanduser().resolve()
     for d in (images, labels):
         if not p.is_relative_to(Path(d).resolve()): continue
-        raise InputError(f'{what} {path} lies in {d}: the doctor writes nothing into the data, so give a name elsewhere')
+        raise InputError(f'{what} {path} lies in {d}: the doctor writes nothing into the data, '
+                         'so give a name elsewhere')
     if p.is_dir(): raise InputError(f'{what} {path} is a folder: give the name of a file')
     if p.exists() and not (own or overwrite):
         raise InputError(f'{what} {path} exists already: give another name, or pass --overwrite')
 
+# %% ../nbs/15_doctor.ipynb #b3cc0181
 def _sheet_name(images)->Path:
     "Where the sheet goes unless told otherwise: work_dir/doctor/<last two folders of the images>.png"
     name = '_'.join(Path(images).resolve().parts[-2:]).strip('/\\')
     return work_dir('doctor', re.sub(r'[^\w.-]+', '_', name)+'.png')
 
+# %% ../nbs/15_doctor.ipynb #196bb4d9
 @command
 @renamed(names='ids', label_id='label_ids')
 @delegates(examine, but='recipe')
@@ -1203,7 +1256,7 @@ def medsam_doctor(
     overwrite:bool=False, # replace existing files given as out and json
     **kwargs, # parameters of `examine`
 ):
-    "Look at a folder of images and labels before anything runs, and say what would trip it. Exit code: 0 no errors, 1 errors were found, 2 folders or options cannot be used"
+    "Say what would trip a run on a folder. Exit code: 0 no errors, 1 errors were found, 2 folders or options cannot be used"
     sheet = _sheet_name(images) if out is None else Path(out)
     if split_name(sheet)[1]!='.png': raise InputError(f'out {sheet} must end in .png')
     _outside(sheet, images, labels, 'out', out is None, overwrite)

@@ -4,15 +4,14 @@
 
 # %% auto #0
 __all__ = ['list_samples', 'PromptDataset', 'DiceBCE', 'PromptedDecoder', 'running_mean', 'split_validation', 'Config',
-           'EpochSampler', 'train_epoch', 'validate', 'Run', 'show_log', 'live_curve', 'finetune', 'medsam_finetune']
+           'EpochSampler', 'train_epoch', 'validate', 'show_log', 'Run', 'live_curve', 'finetune', 'medsam_finetune']
 
 # %% ../nbs/11_finetune.ipynb #f08f04f9
 import hashlib, json, shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
@@ -25,384 +24,522 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import ConcatDataset, DataLoader, Dataset, Sampler
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
-
 from . import __version__
-from .core import InputError, atomic_path, command, pick_device, read_json, seed_everything, work_dir
-from .curate import find_npz, parse_ids, patients_of, read_npz
+from .core import (InputError, atomic_path, command, delegates, parse_ids, pick_device, read_json, renamed,
+    seed_everything, work_dir)
+from .curate import CuratedFolder, find_npz, read_npz
 from .embed import EmbeddingStore, case_provenance, default_store
-from .prompt import Grid, instances, mask_to_box, perturb_box
-from .sam import decode, encoder_sha256, freeze, load_model
+from .prompt import instances, mask_to_box, perturb_box
+from .sam import decode, freeze, load_model
+from .view import Grid
 
 # %% ../nbs/11_finetune.ipynb #ded9c138
+def _wanted(label_ids):
+    "Label ids to keep, or None for all of them"
+    ids = parse_ids(label_ids)
+    return None if isinstance(ids, str) else ids
+
 def list_samples(
-    files,                # .npz files of curated cases
-    labels=None,          # source label ids to train on; default all that were curated
-    instances_:bool=False,# one sample per connected piece instead of per label
-    min_pixels:int=1      # smaller pieces are left out
+    files, # .npz files of curated cases
+    label_ids=None, # source label ids to train on; default all that were curated
+    instances_:bool=False, # one sample per connected piece instead of per label
+    min_pixels:int=1, # smaller pieces are left out
 )->pd.DataFrame: # file (index into files), i (slice), value (in gts), label (source id), piece (-1: all of it)
-    "Every (slice, label) with a mask, over all cases, a few bytes each."
-    rows = []
-    for f, path in enumerate(files):
+    "Every (slice, label) with a mask, over all cases, a few bytes each"
+    rows,wanted = [],_wanted(label_ids)
+    for f,path in enumerate(files):
         case = read_npz(path)
-        for i, gt in enumerate(case.gts):
-            for v in np.unique(gt[gt > 0]):
+        for i,gt in enumerate(case.gts):
+            for v in np.unique(gt[gt>0]):
                 label = case.label_ids[v-1]
-                if labels is not None and label not in labels: continue
-                pieces = range(len(instances(gt == v, min_pixels))) if instances_ else [-1]
+                if wanted is not None and label not in wanted: continue
+                pieces = range(len(instances(gt==v, min_pixels))) if instances_ else [-1]
                 rows += [(f, i, v, label, p) for p in pieces]
-    return pd.DataFrame(rows, columns=['file', 'i', 'value', 'label', 'piece']).astype('int32')
+    return pd.DataFrame(rows, columns=['file','i','value','label','piece']).astype('int32')
+
+# %% ../nbs/11_finetune.ipynb #4d3c8578
+@lru_cache(maxsize=8)
+def _gts_at(path, changed): return read_npz(path).gts # a few cases at a time, however many there are
+
+def _gts(path): return _gts_at(path, Path(path).stat().st_mtime_ns) # a case curated again is read again
+
+def _check_size(case):
+    "The case, if it lies on the grid that the decoder draws on"
+    if case.recipe and case.recipe.size!=256:
+        raise InputError(f'{case.path} was curated with size={case.recipe.size}, and the decoder draws on a 256 grid: '
+                         'curate with size=256 to fine-tune')
+    return case
 
 # %% ../nbs/11_finetune.ipynb #4113ca2d
-@lru_cache(maxsize=8)
-def _gts_at(path, changed): return read_npz(path).gts    # a few cases at a time, however many there are
-
-def _gts(path): return _gts_at(path, Path(path).stat().st_mtime_ns)    # a case curated again is read again
-
 class PromptDataset(Dataset):
-    "Embedding, box and mask of each sample, read when asked for."
+    "Embedding, box and mask of each sample, read when asked for"
     def __init__(self,
-        files,                 # .npz files of curated cases
-        store:EmbeddingStore,  # their embeddings; checked against the files here
-        model_size:int,        # side of the model's input in pixels: 256 or 1024
-        labels=None,           # source label ids; default all
+        files, # .npz files of curated cases
+        store:EmbeddingStore, # their embeddings; checked against the files here
+        model_size:int, # side of the model's input in pixels: 256 or 1024
+        label_ids=None, # source label ids; default all
         instances_:bool=False, # one sample per connected piece
-        box_px:float=20,       # how far a side of the box may move, pixels of the 256 grid
-        shrink:bool=False,     # may it move inward too?
-        seed:int=2023          # of the boxes
+        box_px:float=20, # how far a side of the box may move, pixels of the 256 grid
+        shrink:bool=False, # may it move inward too?
+        seed:int=2023, # of the boxes
     ):
-        self.files, self.model_size, self.instances_ = [Path(f) for f in files], model_size, instances_
-        self.box_px, self.shrink, self.seed, self.epoch, self.emb = box_px, shrink, seed, 0, []
-        for case in map(read_npz, self.files):
-            if case.recipe and case.recipe.size != 256: raise InputError(f"{case.path} was curated with size={case.recipe.size}, and the decoder draws on a 256 grid: curate with size=256 to fine-tune.")
-            self.emb.append(store.open_case(case))
-        self.samples = list_samples(files, labels, instances_)
+        self.files = [Path(f) for f in files]
+        self.emb = [store.open_case(_check_size(read_npz(f))) for f in self.files]
+        self.samples = list_samples(files, label_ids, instances_)
+        self.model_size,self.instances_ = model_size,instances_
+        self.box_px,self.shrink,self.seed,self.epoch = box_px,shrink,seed,0
+
     def __len__(self): return len(self.samples)
 
-# %% ../nbs/11_finetune.ipynb #f4c9d085
+# %% ../nbs/11_finetune.ipynb #7bc9e36c
 @patch
 def _mask(self:PromptDataset, n):
-    "(S,S) bool: the ground truth of sample `n`."
+    "(S,S) bool: the ground truth of sample `n`"
     s = self.samples.iloc[n]
-    m = _gts(self.files[s.file])[s.i] == s.value
-    return m if s.piece < 0 else instances(m)[s.piece]
+    m = _gts(self.files[s.file])[s.i]==s.value
+    return m if s.piece<0 else instances(m)[s.piece]
 
 @patch
 def _box(self:PromptDataset, n, mask):
-    "(4,) float32 on the grid: the mask's box, moved by this epoch's randomness."
-    return perturb_box(mask_to_box(mask), mask.shape, np.random.default_rng((self.seed, self.epoch, n)), self.box_px, self.shrink)
+    "(4,) float32 on the grid: the mask's box, moved by this epoch's randomness"
+    rng = np.random.default_rng((self.seed, self.epoch, n))
+    return perturb_box(mask_to_box(mask), mask.shape, rng, self.box_px, self.shrink)
 
+# %% ../nbs/11_finetune.ipynb #f4c9d085
 @patch
 def __getitem__(self:PromptDataset, n):
-    s, mask = self.samples.iloc[n], self._mask(n)
-    box = Grid(mask.shape, len(mask)).to_model(self._box(n, mask), self.model_size)
-    return dict(embedding=torch.from_numpy(self.emb[s.file][int(s.i)]), box=torch.from_numpy(box), mask=torch.from_numpy(mask[None].astype(np.float32)))
+    s,mask = self.samples.iloc[n],self._mask(n)
+    grid = Grid(mask.shape, len(mask))
+    return dict(embedding=torch.from_numpy(self.emb[s.file][int(s.i)]),
+                box=torch.from_numpy(grid.to_model(self._box(n, mask), self.model_size)),
+                mask=torch.from_numpy(mask[None].astype(np.float32)))
 
 # %% ../nbs/11_finetune.ipynb #6d2459c3
 class DiceBCE(nn.Module):
-    "Dice loss plus binary cross-entropy, unweighted (MedSAM, arXiv:2304.12306)."
+    "Dice loss plus binary cross-entropy, unweighted (MedSAM, arXiv:2304.12306)"
     def __init__(self):
         super().__init__()
-        self.dice, self.bce = DiceLoss(sigmoid=True, squared_pred=True, reduction='mean'), nn.BCEWithLogitsLoss()
+        self.dice = DiceLoss(sigmoid=True, squared_pred=True, reduction='mean')
+        self.bce = nn.BCEWithLogitsLoss()
+
     def forward(self,
         logits:torch.Tensor, # (B,1,S,S)
-        target:torch.Tensor  # (B,1,S,S) 0. or 1.
+        target:torch.Tensor, # (B,1,S,S) 0. or 1.
     )->tuple[torch.Tensor,torch.Tensor]: # the two terms; their sum is the loss
         return self.dice(logits, target), self.bce(logits, target)
 
 # %% ../nbs/11_finetune.ipynb #71af0a07
 class PromptedDecoder(nn.Module):
-    "Frozen prompt encoder and trainable mask decoder of a `Sam`: the part that learns."
-    def __init__(self, sam):
+    "Frozen prompt encoder and trainable mask decoder of a `Sam`: the part that learns"
+    def __init__(self,
+        sam, # a model of the zoo; all but its mask decoder is frozen
+    ):
         super().__init__()
         freeze(sam)
-        self.prompt_encoder, self.mask_decoder = sam.prompt_encoder, sam.mask_decoder
-    def forward(self, embeddings, boxes): return decode(self, embeddings, boxes)[0]
+        self.prompt_encoder,self.mask_decoder = sam.prompt_encoder,sam.mask_decoder
+
+    def forward(self,
+        embeddings:torch.Tensor, # (B,256,64,64)
+        boxes:torch.Tensor, # (B,4) x0 y0 x1 y1 in the model's frame
+    )->torch.Tensor: # (B,1,256,256) logits
+        return decode(self, embeddings, boxes)[0]
 
 # %% ../nbs/11_finetune.ipynb #c218863f
 def running_mean(
     net:nn.Module, # the module that trains
-    decay:float    # weight of the past, from 0 (no mean) to below 1
-)->AveragedModel:  # `.update_parameters(net)` after a step; `.module` has the mean weights
-    "Exponential moving average of a module's weights, keeping (1+n)/(4+n) of the past at step n until that exceeds `decay`."
+    decay:float, # weight of the past, from 0 (no mean) to below 1
+)->AveragedModel: # `.update_parameters(net)` after a step; `.module` has the mean weights
+    "Exponential moving average of weights, keeping (1+n)/(4+n) of the past at step n until that exceeds `decay`"
     def avg(mean, new, n): return new.lerp(mean, ((1+n)/(4+n)).clamp(max=decay))
     return AveragedModel(net, avg_fn=avg)
 
 # %% ../nbs/11_finetune.ipynb #68bc5970
 def split_validation(
-    files,          # .npz files of the training part
-    patients:dict,  # case -> patient (`patients_of`)
+    files, # .npz files of the training part
+    folder:CuratedFolder, # knows whose they are
     fraction:float, # share of patients to validate on
-    seed:int
+    seed:int, # of the choice
 )->tuple[list,list]: # files to train on, files to validate on; errors: `InputError` with fewer than two patients
-    "Take validation patients out of the training part."
-    of = {f: patients.get(c := read_npz(f).case, c) for f in files}
+    "Take validation patients out of the training part"
+    of = {f:folder.patient(read_npz(f)) for f in files}
     names = sorted(set(of.values()))
-    if len(names) < 2: raise InputError(f"Fine-tuning needs at least two training patients, one of them to validate on; found {len(names)} ({', '.join(names)}).")
-    order = np.random.default_rng(seed).permutation(names)
-    val = set(order[:min(len(names)-1, max(1, round(fraction*len(names))))])
-    return [f for f in files if of[f] not in val], [f for f in files if of[f] in val]
+    if len(names)<2:
+        raise InputError('fine-tuning needs at least two training patients, one of them to validate on; '
+                         f'found {len(names)} ({", ".join(names)}): curate more patients')
+    n = min(len(names)-1, max(1, round(fraction*len(names))))
+    chosen = set(np.random.default_rng(seed).permutation(names)[:n])
+    return [f for f in files if of[f] not in chosen], [f for f in files if of[f] in chosen]
 
 # %% ../nbs/11_finetune.ipynb #be0f0c49
 @dataclass
 class Config:
-    "What determines a run."
-    npz:str                   # curated folder
-    store:str                 # its embeddings
-    model:str='lite'          # a key of `MODELS`
-    checkpoint:str=None       # weights to start from instead of the zoo's
-    epochs:int=20
-    lr:float=1e-5             # Adam's learning rate
-    batch_size:int=4          # samples per step, per process
-    box_px:float=20           # box slack in pixels of the 256 grid
-    shrink:bool=False         # boxes may also be too small
-    instances:bool=False      # a sample per connected piece
-    labels:tuple=None         # source label ids; default all that were curated
-    val_fraction:float=.2     # share of the training patients to validate on
-    epoch_samples:int=None    # samples drawn per epoch; default all
-    ema:float=.99             # what is kept is a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
-    mixed_precision:str='no'  # 'no', 'bf16' or 'fp16'
-    seed:int=2023
-    def check(self):
-        for k in ('epochs', 'lr', 'batch_size'):
-            if not getattr(self, k) > 0: raise InputError(f"{k} is {getattr(self, k)}; it has to be greater than 0.")
-        for k in ('epochs', 'batch_size', 'epoch_samples'):
-            if (v := getattr(self, k)) is not None and (v != int(v) or v < 1): raise InputError(f"{k} is {v}; it has to be a whole number of at least 1.")
-        if not 0 <= self.box_px < np.inf: raise InputError(f"box_px is {self.box_px}; it has to be 0 or more pixels.")
-        if not 0 < self.val_fraction < 1: raise InputError(f"val_fraction is {self.val_fraction}; it has to lie between 0 and 1.")
-        if not 0 <= self.ema < 1: raise InputError(f"ema is {self.ema}; it has to be 0 or more and less than 1.")
-        if self.mixed_precision not in ('no', 'bf16', 'fp16'): raise InputError(f"mixed_precision is {self.mixed_precision!r}; it can be no, bf16 or fp16.")
-        return self
+    "What determines a run"
+    npz:str # curated folder
+    store:str # its embeddings
+    model:str='lite' # model of the zoo, a key of `MODELS`
+    checkpoint:str=None # weights to start from instead of the zoo's
+    epochs:int=20 # passes over the training samples
+    lr:float=1e-5 # Adam's learning rate
+    batch_size:int=4 # samples per step, per process
+    box_px:float=20 # box slack in pixels of the 256 grid
+    shrink:bool=False # boxes may also be too small
+    instances:bool=False # one sample per connected piece
+    label_ids:tuple=None # train on these label ids only, e.g. 1,9; default all that were curated
+    val_fraction:float=.2 # share of the training patients to validate on
+    epoch_samples:int=None # samples drawn per epoch; default all
+    ema:float=.99 # keep a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
+    mixed_precision:str='no' # no, bf16 or fp16
+    seed:int=2023 # of split, order and boxes
+
+    def __post_init__(self): self.label_ids = _wanted(self.label_ids)
+
+# %% ../nbs/11_finetune.ipynb #58d527ea
+def _is_count(v): return v>=1 and v%1==0
+
+@patch
+def _need(self:Config, name, ok, what):
+    if not ok: raise InputError(f'{name} is {getattr(self, name)!r}: it has to be {what}')
+
+@patch
+def check(self:Config)->Config:
+    "The settings themselves; `InputError` for one that cannot be"
+    self._need('epochs', _is_count(self.epochs), 'a whole number of at least 1')
+    self._need('batch_size', _is_count(self.batch_size), 'a whole number of at least 1')
+    drawn = self.epoch_samples is None or _is_count(self.epoch_samples)
+    self._need('epoch_samples', drawn, 'a whole number of at least 1')
+    self._need('lr', self.lr>0, 'greater than 0')
+    self._need('box_px', 0<=self.box_px<np.inf, '0 or more pixels')
+    self._need('val_fraction', 0<self.val_fraction<1, 'greater than 0 and less than 1')
+    self._need('ema', 0<=self.ema<1, '0 or more and less than 1')
+    self._need('mixed_precision', self.mixed_precision in ('no','bf16','fp16'), 'no, bf16 or fp16')
+    return self
 
 # %% ../nbs/11_finetune.ipynb #bf86eb43
-def _open_run(run, cfg, facts):
-    "Make the run folder with its config.json, or check that it holds the same run (more epochs are fine)."
-    new = json.loads(json.dumps(dict(asdict(cfg), **facts)))
+def _read_config(run):
+    "config.json of a run; the version before said `labels` for `label_ids`"
+    old = read_json(run/'config.json')
+    if 'labels' in old: old['label_ids'] = old.pop('labels')
+    return old
+
+def _changes(old, new):
+    "What differs, in words; more epochs are fine, and the data may move: data_sha256 knows it"
+    free = ('epochs','package_version','npz','store')
+    keys = [k for k in new if k not in free and old.get(k)!=new[k]]
+    if old['epochs']>new['epochs']: keys.append('epochs')
+    return [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in keys]
+
+# %% ../nbs/11_finetune.ipynb #cfee1912
+def _check_run(run, new):
+    "Refuse a folder that holds another run, or other things"
     if (run/'config.json').exists():
-        old = read_json(run/'config.json')
-        diff = [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in new if old.get(k) != new[k] and k not in ('epochs', 'package_version', 'npz', 'store')]   # the data may move: data_sha256 knows it
-        if old['epochs'] > new['epochs']: diff.append(f"epochs is {old['epochs']} there and {new['epochs']} now")
-        if diff: raise InputError(f"The run folder {run} holds another run: {'; '.join(diff)}. Give another run name, or delete that folder.")
-    elif run.exists() and any(not p.name.startswith('.') for p in run.iterdir()): raise InputError(f"{run} is not empty and holds no config.json, so it is not a run of ours. Give another run name.")
-    for left in run.glob('.*.tmp'): shutil.rmtree(left, ignore_errors=True)   # what a killed run was just writing
-    with atomic_path(run/'config.json') as p: p.write_text(json.dumps(new, indent=1, ensure_ascii=False), encoding='utf-8')
+        diff = _changes(_read_config(run), new)
+        if diff: raise InputError(f'the run folder {run} holds another run: {"; ".join(diff)}: '
+                                  'give another run name, or delete that folder')
+    elif run.exists() and any(not p.name.startswith('.') for p in run.iterdir()):
+        raise InputError(f'{run} is not empty and holds no config.json, so it is not a run of ours: give another run name')
+
+def _open_run(run, cfg, facts):
+    "Make the run folder with its config.json, or check that it holds the same run"
+    new = json.loads(json.dumps(asdict(cfg)|facts))
+    _check_run(run, new)
+    for left in run.glob('.*.tmp'): shutil.rmtree(left, ignore_errors=True) # what a killed run was just writing
+    text = json.dumps(new, indent=1, ensure_ascii=False)
+    with atomic_path(run/'config.json') as p: p.write_text(text, encoding='utf-8')
+
+# %% ../nbs/11_finetune.ipynb #85f43b84
+class EpochSampler(Sampler):
+    "A permutation that depends on seed and epoch only; at most `n` of it"
+    def __init__(self,
+        size:int, # how many samples there are
+        seed:int, # of the run
+        n:int=None, # samples drawn per epoch; default all
+    ):
+        self.size,self.seed,self.epoch = size,seed,0
+        self.n = min(n or size, size)
+
+    def __len__(self): return self.n
+
+    def __iter__(self):
+        rng = torch.Generator().manual_seed(self.seed*1_000_003+self.epoch)
+        return iter(torch.randperm(self.size, generator=rng)[:self.n].tolist())
+
+# %% ../nbs/11_finetune.ipynb #4aa64b1d
+def train_epoch(
+    acc:Accelerator, # where it runs
+    net:nn.Module, # a `PromptedDecoder`
+    loader, # batches of a `PromptDataset`
+    opt, # the optimizer of the decoder
+    loss_func, # two terms from logits and target, `DiceBCE`
+    mean:AveragedModel=None, # a `running_mean` that follows the weights
+    bar=None, # progress bar, in samples
+)->tuple[float,float]: # mean Dice loss and mean cross-entropy per sample
+    "One pass over the training samples"
+    net.train()
+    total = torch.zeros(3, device=acc.device)
+    for b in loader:
+        n = len(b['mask'])
+        dice,bce = loss_func(net(b['embedding'], b['box']).float(), b['mask'])
+        acc.backward(dice+bce)
+        opt.step()
+        opt.zero_grad()
+        if mean is not None: mean.update_parameters(acc.unwrap_model(net))
+        total += n*torch.stack([dice.detach(), bce.detach(), torch.ones_like(dice)])
+        if bar is not None: bar.update(n*acc.num_processes)
+    dice,bce,n = acc.reduce(total).tolist()
+    return dice/n, bce/n
+
+def _accelerator(device, mixed_precision):
+    "One process on the chosen device, or whatever `accelerate launch` set up"
+    if PartialState().num_processes==1: AcceleratorState._reset_state(reset_partial_state=True)
+    cpu = pick_device(device).type=='cpu'
+    unused = DistributedDataParallelKwargs(find_unused_parameters=True)
+    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[unused])
+
+# %% ../nbs/11_finetune.ipynb #b01d38fe
+@torch.inference_mode()
+def validate(
+    acc:Accelerator, # where it runs
+    net:nn.Module, # a `PromptedDecoder`, or its running mean
+    loader, # batches of validation samples
+)->float: # mean DSC over the samples, with boxes that never change
+    "How good the decoder is on patients that it does not train on"
+    net.eval()
+    scores = []
+    for b in loader:
+        p = (net(b['embedding'], b['box'])>0).flatten(1)
+        t = (b['mask']>.5).flatten(1)
+        dice = 2*(p&t).sum(1)/(p.sum(1)+t.sum(1))
+        scores.append(acc.gather_for_metrics(dice))
+    return torch.cat(scores).float().mean().item()
+
+# %% ../nbs/11_finetune.ipynb #b1412cb9
+def _loaders(cfg, train, val, store, size):
+    "Training and validation loaders; the boxes of validation never change"
+    make = partial(PromptDataset, store=store, model_size=size, label_ids=cfg.label_ids,
+                   instances_=cfg.instances, shrink=cfg.shrink, seed=cfg.seed)
+    tds = make(train, box_px=cfg.box_px)
+    vds = ConcatDataset([make(val, box_px=px) for px in sorted({0, cfg.box_px/2, cfg.box_px})])
+    for name,data in (('training',tds), ('validation',vds)):
+        if not len(data): raise InputError(f'there is no {name} sample with the labels {cfg.label_ids or "that were curated"} '
+                                           f'in {cfg.npz}: see split.csv there for what was kept')
+    sampler = EpochSampler(len(tds), cfg.seed, cfg.epoch_samples)
+    return DataLoader(tds, cfg.batch_size, sampler=sampler), DataLoader(vds, cfg.batch_size)
+
+# %% ../nbs/11_finetune.ipynb #002312a0
+class _Loop:
+    "What trains, and on what: prepared once, used epoch after epoch"
+    def __init__(self, acc, cfg, sam, loaders):
+        self.acc,self.sam,self.loss_func = acc,sam,DiceBCE()
+        self.data,self.sampler = loaders[0].dataset,loaders[0].sampler
+        net = PromptedDecoder(sam)
+        opt = torch.optim.Adam(net.mask_decoder.parameters(), lr=cfg.lr, weight_decay=0)
+        self.net,self.opt,self.train,self.val = acc.prepare(net, opt, *loaders)
+        mean = running_mean(acc.unwrap_model(self.net), cfg.ema)
+        self.mean = acc.prepare_model(mean, evaluation_mode=True) # in the state, but not trained
+
+    def epoch(self, epoch, bar=None):
+        "Train, but not in epoch 0, and validate: a row of the log"
+        self.data.epoch = self.sampler.epoch = epoch
+        dice = bce = loss = None
+        if epoch:
+            dice,bce = train_epoch(self.acc, self.net, self.train, self.opt, self.loss_func, self.mean, bar)
+            loss = dice+bce
+        score = validate(self.acc, self.mean, self.val)
+        return dict(epoch=epoch, train_loss=loss, dice_loss=dice, bce_loss=bce, val_dsc=score)
 
 # %% ../nbs/11_finetune.ipynb #77efd81c
 def _states(run): return sorted(d for d in run.glob('state-*') if d.is_dir())
 
-def _save_state(acc, run, epoch, rows, best):
-    "Put state-<epoch> in place, then forget the older ones and write what people read."
-    with atomic_path(run/f'state-{epoch:05d}') as tmp:
-        acc.save_state(str(tmp))
-        (tmp/'progress.json').write_text(json.dumps(dict(epoch=epoch, rows=rows, best=best)), encoding='utf-8')
-    for old in _states(run)[:-1]: shutil.rmtree(old)
-    _write_log(run, rows)
-
-def _load_state(acc, run):
-    "Continue from the newest complete state: (epoch, rows, best), or None for a fresh run."
-    if not (found := _states(run)): return None
-    acc.load_state(str(found[-1]))
-    p = json.loads((found[-1]/'progress.json').read_text(encoding='utf-8'))
-    if acc.is_main_process: _write_log(run, p['rows'])   # the kill may have come between state and log
-    return p['epoch'], p['rows'], p['best']
-
 def _write_log(run, rows):
     with atomic_path(run/'log.csv') as p: pd.DataFrame(rows).to_csv(p, index=False)
 
+def _save_state(acc, run, rows, best):
+    "Put state-<epoch> in place, then forget the older ones and write what people read"
+    epoch = rows[-1]['epoch']
+    with atomic_path(run/f'state-{epoch:05d}') as tmp:
+        acc.save_state(str(tmp))
+        text = json.dumps(dict(epoch=epoch, rows=rows, best=best))
+        (tmp/'progress.json').write_text(text, encoding='utf-8')
+    for old in _states(run)[:-1]: shutil.rmtree(old)
+    _write_log(run, rows)
+
+# %% ../nbs/11_finetune.ipynb #bdc1dd9c
+def _load_state(acc, run):
+    "Continue from the newest complete state: (epoch, rows, best), or None for a fresh run"
+    found = _states(run)
+    if not found: return None
+    acc.load_state(str(found[-1]))
+    p = json.loads((found[-1]/'progress.json').read_text(encoding='utf-8'))
+    if acc.is_main_process: _write_log(run, p['rows']) # the kill may have come between state and log
+    return p['epoch'], p['rows'], p['best']
+
 # %% ../nbs/11_finetune.ipynb #d409b5a8
 def _save_best(sam, decoder, run):
-    "The full state_dict with the decoder's current weights."
-    state = dict(sam.state_dict(), **{f'mask_decoder.{k}': v for k, v in decoder.state_dict().items()})
-    with atomic_path(run/'best.pth') as p: torch.save({k: v.detach().cpu().clone() for k, v in state.items()}, p)
+    "The full state_dict with the decoder's current weights"
+    state = sam.state_dict()
+    state.update({f'mask_decoder.{k}':v for k,v in decoder.state_dict().items()})
+    state = {k:v.detach().cpu().clone() for k,v in state.items()}
+    with atomic_path(run/'best.pth') as p: torch.save(state, p)
 
-# %% ../nbs/11_finetune.ipynb #85f43b84
-class EpochSampler(Sampler):
-    "A permutation that depends on seed and epoch only; at most `n` of it."
-    def __init__(self, size, seed, n=None): self.size, self.seed, self.n, self.epoch = size, seed, min(n or size, size), 0
-    def __len__(self): return self.n
-    def __iter__(self): return iter(torch.randperm(self.size, generator=torch.Generator().manual_seed(self.seed*1_000_003+self.epoch))[:self.n].tolist())
-
-def train_epoch(acc, net, loader, opt, loss_func, mean=None, bar=None):
-    "One pass over the training samples: mean Dice loss and mean cross-entropy per sample. `mean` (`running_mean`) follows the weights."
-    net.train()
-    total = torch.zeros(3, device=acc.device)
-    for b in loader:
-        dice, bce = loss_func(net(b['embedding'], b['box']).float(), b['mask'])
-        acc.backward(dice+bce); opt.step(); opt.zero_grad()
-        if mean is not None: mean.update_parameters(acc.unwrap_model(net))
-        total += torch.stack([dice.detach(), bce.detach(), torch.ones_like(dice)*1.])*len(b['mask'])
-        if bar is not None: bar.update(len(b['mask'])*acc.num_processes)
-    dice, bce, n = acc.reduce(total).tolist()
-    return dice/n, bce/n
-
-# %% ../nbs/11_finetune.ipynb #b01d38fe
-@torch.inference_mode()
-def validate(acc, net, loader):
-    "Mean DSC over the validation samples, with boxes that never change."
-    net.eval()
-    scores = []
-    for b in loader:
-        p, t = (net(b['embedding'], b['box']) > 0).flatten(1), (b['mask'] > .5).flatten(1)
-        scores.append(acc.gather_for_metrics(2*(p&t).sum(1)/(p.sum(1)+t.sum(1))))
-    return torch.cat(scores).float().mean().item()
-
-# %% ../nbs/11_finetune.ipynb #b1412cb9
-def _accelerator(device, mixed_precision):
-    "One process on the chosen device, or whatever `accelerate launch` set up."
-    if PartialState().num_processes == 1: AcceleratorState._reset_state(reset_partial_state=True)
-    cpu = pick_device(device).type == 'cpu'
-    return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)])
-
-def _loaders(cfg, train, val, store, size):
-    "Training and validation loaders; validation asks with tight boxes, half and all of the slack, and they never change."
-    def data(files, px): return PromptDataset(files, store, size, labels=cfg.labels, instances_=cfg.instances, box_px=px, shrink=cfg.shrink, seed=cfg.seed)
-    tds, vds = data(train, cfg.box_px), ConcatDataset([data(val, px) for px in sorted({0, cfg.box_px/2, cfg.box_px})])
-    for name, ds in (('training', tds), ('validation', vds)):
-        if not len(ds): raise InputError(f"There is no {name} sample with the labels {cfg.labels or 'that were curated'} in {cfg.npz}. See split.csv there for what was kept.")
-    return (DataLoader(tds, cfg.batch_size, sampler=EpochSampler(len(tds), cfg.seed, cfg.epoch_samples)), DataLoader(vds, cfg.batch_size))
-
-def _log_epoch(tb, rows, new, callback):
-    "Add a row, to TensorBoard too, and tell whoever watches."
-    rows.append(new)
-    for k, v in new.items():
-        if k != 'epoch' and v is not None: tb.add_scalar(k, v, new['epoch'])
-    tb.flush()
-    if callback: callback(pd.DataFrame(rows))
-
-# %% ../nbs/11_finetune.ipynb #af7d959b
-def _run(acc, cfg, run, sam, loaders, callback):
-    "Train, validate, keep the best, save the state: epoch after epoch."
-    net, loss_func = PromptedDecoder(sam), DiceBCE()
-    opt = torch.optim.Adam(net.mask_decoder.parameters(), lr=cfg.lr, weight_decay=0)
-    train, val = loaders
-    sampler = train.sampler
-    net, opt, train_dl, val_dl = acc.prepare(net, opt, train, val)
-    mean = acc.prepare_model(running_mean(acc.unwrap_model(net), cfg.ema), evaluation_mode=True)   # in the state, but not trained
-    def one(epoch, dice=None, bce=None):
-        score = validate(acc, mean, val_dl)
-        return dict(epoch=epoch, train_loss=None if dice is None else dice+bce, dice_loss=dice, bce_loss=bce, val_dsc=score)
-    done, rows, best = _load_state(acc, run) or (-1, [], -1)
-    if done >= cfg.epochs: return pd.DataFrame(rows)
-    n = len(sampler)
-    with SummaryWriter(run/'tensorboard', purge_step=done+1) if acc.is_main_process else nullcontext() as tb, tqdm(total=cfg.epochs*n, initial=max(done,0)*n, unit='sample', desc=f'finetune on {acc.device.type} -> {run.name}', **({} if acc.is_main_process else {'disable': True})) as bar:
-        for epoch in range(done+1, cfg.epochs+1):
-            train.dataset.epoch = sampler.epoch = epoch
-            row = one(epoch, *train_epoch(acc, net, train_dl, opt, loss_func, mean, bar)) if epoch else one(0)
-            if acc.is_main_process:
-                if row['val_dsc'] > best: best = row['val_dsc']; _save_best(sam, mean.module.mask_decoder, run)
-                _log_epoch(tb, rows, row, callback)
-                _save_state(acc, run, epoch, rows, best)
-            acc.wait_for_everyone()
-            bar.set_postfix(val_dsc=f"{row['val_dsc']:.3f}")
-    return pd.DataFrame(rows)
+# %% ../nbs/11_finetune.ipynb #b8e6a209
+def show_log(
+    log:pd.DataFrame, # as in log.csv
+    ax=None, # matplotlib axes; default new ones
+):
+    "Training loss (left axis) and validation DSC (right axis) by epoch"
+    import matplotlib.pyplot as plt
+    ax = ax or plt.subplots(figsize=(5,2.6), dpi=80)[1]
+    left = (ax, 'train_loss', 'training loss', 'tab:blue')
+    right = (ax.twinx(), 'val_dsc', 'validation DSC', 'tab:orange')
+    for a,column,text,color in (left, right):
+        a.plot(log.epoch, log[column].astype(float), marker='.', color=color)
+        a.set_ylabel(text, color=color)
+    ax.set_xlabel('epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True)
+    return ax
 
 # %% ../nbs/11_finetune.ipynb #e4463743
 @dataclass
 class Run:
-    "A finished run: its folder and its log."
-    path:Path          # work_dir/<run>
-    log:pd.DataFrame   # one row per epoch; epoch 0 is the decoder as it came
+    "A finished run: its folder and its log"
+    path:Path # work_dir/<run>
+    log:pd.DataFrame # one row per epoch; epoch 0 is the decoder as it came
+
     @property
     def best(self): return self.path/'best.pth'
+
     def __repr__(self):
-        b = self.log.loc[self.log.val_dsc.idxmax()]
-        return f'Run({self.path.name}: {int(self.log.epoch.max())} epochs, validation DSC {self.log.val_dsc.iloc[0]:.3f} before, best {b.val_dsc:.3f} in epoch {int(b.epoch)})'
+        log = self.log
+        top = log.loc[log.val_dsc.idxmax()]
+        return (f'Run({self.path.name}: {int(log.epoch.max())} epochs, validation DSC {log.val_dsc.iloc[0]:.3f} before, '
+                f'best {top.val_dsc:.3f} in epoch {int(top.epoch)})')
+
     def show(self, ax=None): return show_log(self.log, ax)
 
-def show_log(
-    log:pd.DataFrame, # as in log.csv
-    ax=None
-):
-    "Training loss (left axis) and validation DSC (right axis) by epoch."
-    import matplotlib.pyplot as plt
-    ax = ax or plt.subplots(figsize=(5,2.6), dpi=80)[1]
-    for a, col, text, colour in ((ax, 'train_loss', 'training loss', 'tab:blue'), (ax.twinx(), 'val_dsc', 'validation DSC', 'tab:orange')):
-        a.plot(log.epoch, log[col].astype(float), marker='.', color=colour); a.set_ylabel(text, color=colour)
-    ax.set_xlabel('epoch'); ax.xaxis.get_major_locator().set_params(integer=True)
-    return ax
-
+# %% ../nbs/11_finetune.ipynb #5c5530a3
 def live_curve():
-    "A callback for `finetune` that redraws the loss curve in its notebook cell after each epoch."
+    "A callback for `finetune` that redraws the loss curve in its notebook cell after each epoch"
     import matplotlib.pyplot as plt
     from IPython.display import display
     handle = None
     def update(log):
         nonlocal handle
-        ax = show_log(log); fig = ax.figure; plt.close(fig)
+        fig = show_log(log).figure
+        plt.close(fig)
         if handle is None: handle = display(fig, display_id=True)
         else: handle.update(fig)
     return update
 
+# %% ../nbs/11_finetune.ipynb #180f9911
+def _tell(tb, rows, callback):
+    "The newest row for TensorBoard, and the log for whoever watches"
+    row = rows[-1]
+    for k,v in row.items():
+        if k!='epoch' and v is not None: tb.add_scalar(k, v, row['epoch'])
+    tb.flush()
+    if callback: callback(pd.DataFrame(rows))
+
+def _bar(loop, cfg, run, done):
+    "A progress bar in samples, on the main process"
+    n = len(loop.sampler)
+    title = f'finetune on {loop.acc.device.type} -> {run.name}'
+    off = {} if loop.acc.is_main_process else dict(disable=True)
+    return tqdm(total=cfg.epochs*n, initial=max(done, 0)*n, unit='sample', desc=title, **off)
+
+# %% ../nbs/11_finetune.ipynb #af7d959b
+def _fit(loop, cfg, run, callback):
+    "Train, validate, keep the best, save the state: epoch after epoch"
+    acc,main = loop.acc,loop.acc.is_main_process
+    done,rows,best = _load_state(acc, run) or (-1,[],-1)
+    if done>=cfg.epochs: return pd.DataFrame(rows)
+    writer = SummaryWriter(run/'tensorboard', purge_step=done+1) if main else nullcontext()
+    with writer as tb, _bar(loop, cfg, run, done) as bar:
+        for epoch in range(done+1, cfg.epochs+1):
+            row = loop.epoch(epoch, bar)
+            if main:
+                if row['val_dsc']>best:
+                    best = row['val_dsc']
+                    _save_best(loop.sam, loop.mean.module.mask_decoder, run)
+                rows.append(row)
+                _tell(tb, rows, callback)
+                _save_state(acc, run, rows, best)
+            acc.wait_for_everyone()
+            bar.set_postfix(val_dsc=f"{row['val_dsc']:.3f}")
+    return pd.DataFrame(rows)
+
+# %% ../nbs/11_finetune.ipynb #a9a88580
+def _run_folder(run):
+    "A name is a folder under work_dir/, a path is itself"
+    return work_dir(run) if len(Path(run).parts)==1 else Path(run)
+
+def _files(cfg):
+    "Training cases that have something to train on, so that validation patients have something to validate"
+    files = find_npz(cfg.npz, 'train')
+    if cfg.label_ids is None: return files
+    found = [files[i] for i in list_samples(files, cfg.label_ids).file.unique()]
+    if found: return found
+    raise InputError(f'no training case in {cfg.npz} holds the labels {tuple(cfg.label_ids)}: '
+                     f'it was curated with {read_npz(files[0]).label_ids}')
+
+# %% ../nbs/11_finetune.ipynb #22ac9b6e
+def _who(folder, train, val):
+    "Cases and patients of a run, and a hash of what their slices were made from, for config.json"
+    cases = [read_npz(f) for f in train+val]
+    names,n = [c.case for c in cases],len(train)
+    made_of = json.dumps([case_provenance(c) for c in cases])
+    patients = sorted({folder.patient(c) for c in cases})
+    data = hashlib.sha256(made_of.encode()).hexdigest()
+    return dict(train=names[:n], validate=names[n:], patients=patients, data_sha256=data)
+
+def _assert_frozen(sam, fresh):
+    "Not one weight of the two encoders has changed"
+    for part in ('image_encoder','prompt_encoder'):
+        new,old = getattr(sam, part).state_dict(),getattr(fresh, part).state_dict()
+        if not all(torch.equal(new[k].cpu(), old[k]) for k in old):
+            raise RuntimeError(f'the frozen {part} has changed during training: please report this')
+
 # %% ../nbs/11_finetune.ipynb #1906631e
+def _config(npz, store, model, kwargs):
+    "The settings of a call, checked"
+    known = Config.__dataclass_fields__
+    odd = sorted(set(kwargs)-set(known))
+    if odd: raise InputError(f'unknown settings {odd}: there are {", ".join(known)}')
+    return Config(npz=str(npz), store=str(store or default_store(npz, model)), model=model, **kwargs).check()
+
+@renamed(labels='label_ids')
+@delegates(Config)
 def finetune(
-    npz:str|Path,            # curated folder with train/ (chapter 06)
-    store:str|Path=None,     # its embeddings; default data/embeddings/<model>/<folder>.zarr
+    npz:str|Path, # curated folder with train/ (chapter 06)
+    store:str|Path=None, # its embeddings; default data/embeddings/<model>/<folder>.zarr
     run:str|Path='finetune', # a name under work_dir/, or a path
-    model:str='lite',        # a key of `MODELS`
-    device=None,             # 'cpu', 'cuda', 'mps' or None: the best there is
-    callback=None,           # called with the log after each epoch, e.g. `live_curve()`
-    **settings               # fields of `Config`: epochs, lr, batch_size, box_px, shrink, instances, labels, seed, …
+    model:str='lite', # model of the zoo, a key of `MODELS`
+    device=None, # cpu, cuda or mps; default the best there is
+    callback=None, # called with the log after each epoch, e.g. `live_curve()`
+    **kwargs, # fields of `Config`
 )->Run: # errors: `InputError` (no data, another run in the folder), `ProvenanceError` (embeddings of something else)
-    "Fine-tune the mask decoder. The same call after an interruption goes on; after the end it returns the finished run."
-    run = work_dir(run) if len(Path(run).parts) == 1 else Path(run)
-    if (odd := set(settings)-set(Config.__dataclass_fields__)): raise InputError(f"Unknown settings {sorted(odd)}. There are: {', '.join(Config.__dataclass_fields__)}.")
-    store = store or default_store(npz, model)
-    cfg = Config(npz=str(npz), store=str(store), model=model, **settings).check()
+    "Fine-tune the mask decoder. The same call after an interruption goes on; after the end it returns the finished run"
+    cfg,run,folder = _config(npz, store, model, kwargs),_run_folder(run),CuratedFolder(npz)
     acc = _accelerator(device, cfg.mixed_precision)
     seed_everything(cfg.seed)
     sam = load_model(model, cfg.checkpoint, 'cpu')
-    train, val = split_validation(_files(cfg), patients_of(npz), cfg.val_fraction, cfg.seed)
-    emb = EmbeddingStore(store, wanted=dict(model=model, encoder_sha256=sam.encoder_sha256))
+    train,val = split_validation(_files(cfg), folder, cfg.val_fraction, cfg.seed)
+    emb = EmbeddingStore(cfg.store, wanted=dict(model=model, encoder_sha256=sam.encoder_sha256))
     loaders = _loaders(cfg, train, val, emb, sam.image_encoder.img_size)
-    if acc.is_main_process: _open_run(run, cfg, dict(encoder_sha256=sam.encoder_sha256, package_version=__version__, **_who(npz, train, val)))
+    made_with = dict(encoder_sha256=sam.encoder_sha256, package_version=__version__)
+    if acc.is_main_process: _open_run(run, cfg, made_with|_who(folder, train, val))
     acc.wait_for_everyone()
-    log = _run(acc, cfg, run, sam, loaders, callback)
+    log = _fit(_Loop(acc, cfg, sam, loaders), cfg, run, callback)
     _assert_frozen(sam, load_model(model, cfg.checkpoint, 'cpu'))
     return Run(run, log)
 
-def _files(cfg):
-    "Training cases that have something to train on, so that validation patients have something to validate."
-    files = find_npz(cfg.npz, 'train')
-    if cfg.labels is None: return files
-    found = [files[i] for i in list_samples(files, cfg.labels).file.unique()]
-    if not found: raise InputError(f"No training case in {cfg.npz} holds the labels {tuple(cfg.labels)}; it was curated with {read_npz(files[0]).label_ids}.")
-    return found
-
-def _who(npz, train, val):
-    "Cases and patients of a run, and a hash of what their slices were made from, for config.json."
-    train, val, of = [read_npz(f) for f in train], [read_npz(f) for f in val], patients_of(npz)
-    data = hashlib.sha256(json.dumps([case_provenance(c) for c in train+val]).encode()).hexdigest()
-    return dict(train=[c.case for c in train], validate=[c.case for c in val], patients=sorted({of.get(c.case, c.case) for c in train+val}), data_sha256=data)
-
-def _assert_frozen(sam, fresh):
-    "Not one weight of the two encoders has changed."
-    for part in ('image_encoder', 'prompt_encoder'):
-        new, old = getattr(sam, part).state_dict(), getattr(fresh, part).state_dict()
-        if not all(torch.equal(new[k].cpu(), old[k]) for k in old): raise RuntimeError(f'the frozen {part} has changed during training: please report this')
-
 # %% ../nbs/11_finetune.ipynb #b340c637
 @command
+@renamed(labels='label_ids')
+@delegates(finetune, but='callback')
 def medsam_finetune(
-    npz:str,                    # curated folder with train/
-    store:str=None,             # its embeddings; default data/embeddings/<model>/<folder>.zarr
-    run:str='finetune',         # a name under work_dir/, or a path
-    model:str='lite',           # model of the zoo: lite, vit_b, vit_l, vit_h, medsam
-    checkpoint:str=None,        # weights to start from instead of the zoo's
-    epochs:int=20,              # passes over the training samples
-    lr:float=1e-5,              # Adam's learning rate
-    batch_size:int=4,           # samples per step
-    box_px:float=20,            # box slack in pixels of the 256 grid
-    shrink:bool=False,          # boxes may also be too small
-    instances:bool=False,       # one sample per connected piece
-    labels:str=None,            # train on these label ids only, e.g. 1,9
-    val_fraction:float=.2,      # share of the training patients to validate on
-    epoch_samples:int=None,     # samples drawn per epoch; default all
-    ema:float=.99,              # keep a running mean of the weights over about 1/(1-ema) steps; 0: the last weights
-    mixed_precision:str='no',   # no, bf16 or fp16
-    seed:int=2023,              # of split, order and boxes
-    device:str=None             # cpu, cuda or mps; default the best there is
+    npz:str, # curated folder with train/
+    **kwargs, # as for `finetune`
 ):
-    "Fine-tune the mask decoder on stored embeddings; run it again to go on after an interruption."
-    ids = None if labels in (None, 'all') else parse_ids(labels)
-    done = finetune(npz, store, run, model, device, checkpoint=checkpoint, epochs=epochs, lr=lr, batch_size=batch_size, box_px=box_px, shrink=shrink,
-                    instances=instances, labels=ids, val_fraction=val_fraction, epoch_samples=epoch_samples, ema=ema, mixed_precision=mixed_precision, seed=seed)
+    "Fine-tune the mask decoder on stored embeddings; run it again to go on after an interruption"
+    done = finetune(npz, **kwargs)
     print(f'{done}\nbest weights: {done.best}')

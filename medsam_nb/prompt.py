@@ -398,8 +398,10 @@ def mask_logits(
     mask:np.ndarray, # (H,W) bool, image pixels
     grid:Grid, # how the image lies on the model's square
 )->np.ndarray: # (1,256,256) float32, 8 inside and -8 outside
-    "A mask as the prompt encoder takes it"
-    small = resize_label(grid.turn(_as_mask(mask)).astype(np.uint8), 256, grid.fit)
+    "A mask of the image as the prompt encoder takes it"
+    m = _as_mask(mask)
+    if m.shape!=grid.shape: raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give a mask of the image')
+    small = resize_label(grid.turn(m).astype(np.uint8), 256, grid.fit)
     return np.where(small>0, 8, -8).astype(np.float32)[None]
 
 # %% ../nbs/07_prompt.ipynb #b6cad8cf

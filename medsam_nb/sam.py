@@ -214,13 +214,13 @@ def decode(
     embeddings:torch.Tensor,   # (B,256,64,64), or (1,256,64,64) shared by all prompts
     boxes:torch.Tensor=None,   # (B,4) x0 y0 x1 y1 in the model's frame (`Grid.to_model`)
     points:torch.Tensor=None,  # (B,P,2) x y in the model's frame
-    labels:torch.Tensor=None,  # (B,P) 1 foreground, 0 background
+    point_labels:torch.Tensor=None, # (B,P) 1 foreground, 0 background
     masks:torch.Tensor=None,   # (B,1,256,256) logits of an earlier round
     multimask:bool=False       # three masks (whole, part, subpart) instead of one
 )->tuple[torch.Tensor,torch.Tensor]: # logits (B,M,256,256) and predicted IoU (B,M), M = 3 if multimask else 1
     "Prompts and embeddings to mask logits, by `segment_anything`'s own prompt encoder and mask decoder."
     with torch.no_grad():
-        sparse, dense = sam.prompt_encoder(points=None if points is None else (points, labels), boxes=boxes, masks=masks)
+        sparse, dense = sam.prompt_encoder(points=None if points is None else (points, point_labels), boxes=boxes, masks=masks)
     if len(embeddings) not in (1, len(sparse)): raise InputError(f"{len(embeddings)} embeddings and {len(sparse)} prompts do not pair: give one embedding for all prompts, or one for each.")
     run = partial(sam.mask_decoder, image_pe=sam.prompt_encoder.get_dense_pe(), multimask_output=multimask)
     if len(embeddings) == 1: return run(image_embeddings=embeddings, sparse_prompt_embeddings=sparse, dense_prompt_embeddings=dense)

@@ -72,6 +72,7 @@ def to_display(
     order,flip = display_axes(g)
     return np.ascontiguousarray(np.flip(a.T.transpose(order), np.flatnonzero(flip)).T)
 
+# %% ../nbs/03_volume.ipynb #3d45582f
 def to_stored(
     a:np.ndarray, # (slice,row,column) as `to_display` gave it
     g:Geometry, # the same geometry
@@ -127,6 +128,7 @@ def _shown_slice(n:int, z, mask)->int:
     if mask is None or not np.any(mask): return n//2
     return int(np.argmax((np.asarray(mask)>0).sum((1,2))))
 
+# %% ../nbs/03_volume.ipynb #efbd98da
 @dataclass(repr=False, eq=False)
 class Volume:
     "A scan or label in display order, with its spacing and the geometry it was stored in"
@@ -142,7 +144,8 @@ class Volume:
         if self.array.ndim not in (3,4):
             raise InputError(f'a Volume takes an array (slice,row,column), not one of shape {self.array.shape}')
         if self.spacing.shape!=(3,) or not (np.isfinite(self.spacing)&(self.spacing>0)).all():
-            raise InputError(f'spacing {self.spacing} must be three numbers above zero: mm between slices, rows, columns')
+            raise InputError(f'spacing {self.spacing} must be three numbers above zero: mm between slices, '
+                             'rows, columns')
         if self.source is None:
             mm = tuple(self.spacing[::-1].tolist())
             self.source = Geometry(self.shape[::-1], mm, (0.,0.,0.), (1.,0.,0.,0.,1.,0.,0.,0.,1.))
@@ -217,6 +220,7 @@ def _byte_order(b:bytes)->str:
     if len(b)<348: return ''
     return next((e for e in '<>' if struct.unpack(e+'i', b[:4])[0]==348), '')
 
+# %% ../nbs/03_volume.ipynb #ee6ff47e
 def _check_nifti(path:Path, need:int=0)->bytes:
     "Raise unless all voxels are there and finite and voxel sizes are above zero; returns the geometry fields"
     b = path.read_bytes()
@@ -235,15 +239,17 @@ def _check_nifti(path:Path, need:int=0)->bytes:
     return b''.join(b[i:j] for i,j in _NIFTI_GEOMETRY) if e=='<' else b''
 
 # %% ../nbs/03_volume.ipynb #5dcf2f37
-_RARE = rb'(?im)^(data ?file|byte ?skip|line ?skip):|^HeaderSize|^BinaryData\s*=\s*False|LIST|%' # layouts left to the reader
+# layouts left to the reader
+_RARE = rb'(?im)^(data ?file|byte ?skip|line ?skip):|^HeaderSize|^BinaryData\s*=\s*False|LIST|%'
 
 def _packing(head:bytes)->bytes:
     "How the text header of an NRRD or MHA file says that its voxels are packed"
     if head.startswith(b'NRRD'): return re.search(rb'(?im)^encoding:\s*(\S+)', head)[1].lower()
     return b'gzip' if re.search(rb'(?i)CompressedData\s*=\s*True', head) else b'raw'
 
+# %% ../nbs/03_volume.ipynb #28e6b85d
 def _check_text_header(path:Path, need:int)->bytes:
-    "Raise unless the `need` bytes that belong to the header of an MHA, MHD or NRRD file are all there; rarer layouts are left to the reader"
+    "Raise unless the `need` bytes that a text header announces are all there; rarer layouts are left to the reader"
     with open(path, 'rb') as f: b = f.read(1<<20)
     nrrd = b.startswith(b'NRRD')
     last = rb'\r?\n\r?\n' if nrrd else rb'ElementDataFile\s*=\s*([^\r\n]*?)[ \t\r]*(\n|$)'
@@ -253,7 +259,8 @@ def _check_text_header(path:Path, need:int)->bytes:
     data,start = path,end.end()
     if not nrrd and end[1]!=b'LOCAL': data,start = path.parent/end[1].decode(),0
     if not data.exists():
-        raise InputError(f'{path}: the file with its voxels, {data.name}, is missing: put it beside the header', 'voxels-missing')
+        raise InputError(f'{path}: the file with its voxels, {data.name}, is missing: put it beside the header',
+                         'voxels-missing')
     if how not in (b'gzip', b'gz', b'raw'): return b''
     have = data.stat().st_size-start if how==b'raw' else len(_unpacked(data, start))
     if have<need: raise EOFError(f'it holds {have} of {need} bytes')
@@ -267,10 +274,12 @@ def _told(path, e:Exception)->InputError:
         last = s.split(': ')[-1]
         return InputError(f'{path}: the file is cut off or damaged ({last}): copy or download it again', 'cut-off')
     if 'orthonormal' in s:
-        return InputError(f'{path}: the axes in its header are not at right angles (a sheared or scaled direction matrix): '
+        return InputError(f'{path}: the axes in its header are not at right angles (a sheared or scaled '
+                          'direction matrix): '
                           'resample it to a straight grid, then read again', 'sheared')
     if 'spacing' in s and 'zero' in s.lower():
-        return InputError(f'{path}: a voxel size is zero or not a number: mend the header, then read again', 'zero-spacing')
+        return InputError(f'{path}: a voxel size is zero or not a number: mend the header, then read again',
+                          'zero-spacing')
     if 'determine ImageIO' in s:
         return InputError(f'{path}: it is not the kind of file that its name says, or cut off in the header: '
                           'check that it opens in a viewer', 'other-kind')
@@ -288,8 +297,9 @@ def _check_layout(path:Path, size:tuple, values:int):
                          'split it into 3-D files, one per time point or channel', 'dimensions')
     if values!=1: raise InputError(f'{path}: it holds {values} values per voxel: save one channel per file', 'channels')
 
+# %% ../nbs/03_volume.ipynb #797fd676
 def _read_itk(path:Path, check)->tuple:
-    "SimpleITK image and NIfTI geometry fields of one file; `InputError` when it is broken or not 2-D or 3-D with one value per voxel"
+    "SimpleITK image and NIfTI geometry fields of one file; `InputError` when it is broken or of another layout"
     r = sitk.ImageFileReader()
     r.SetFileName(str(path))
     try:
@@ -315,6 +325,7 @@ def _geometry(im, path, header:bytes=b'')->Geometry:
     if not (np.isfinite(g.origin).all() and straight): raise _told(path, ValueError('orthonormal'))
     return g
 
+# %% ../nbs/03_volume.ipynb #a1496fbe
 def _read_medical(form, path:Path, kind:str='image', colors=None)->tuple:
     "Stored array and geometry of a volume file"
     im,header = _read_itk(path, form.check)
@@ -323,7 +334,7 @@ def _read_medical(form, path:Path, kind:str='image', colors=None)->tuple:
 
 # %% ../nbs/03_volume.ipynb #f87542f8
 def _check_positions(p:np.ndarray, normal:np.ndarray, path):
-    "Raise when slices at positions `p` (n,3), mm, are missing, doubled or shifted sideways; `normal` points across them"
+    "Raise when slices at positions `p` (n,3), mm, are missing, doubled or shifted; `normal` points across them"
     along = p@normal
     step = np.abs(np.diff(along))
     if len(step)==0: return
@@ -356,6 +367,7 @@ def _found(folder)->str:
     many = 'entry' if len(names)==1 else 'entries'
     return f"it holds {len(names)} {many}, such as {', '.join(names[:3])}"
 
+# %% ../nbs/03_volume.ipynb #324bc443
 def _is_dicom(path:Path)->bool:
     "Is it a DICOM file? It says so from byte 128 on"
     if not path.is_file(): return False
@@ -365,7 +377,8 @@ def _header(path)->pydicom.Dataset:
     "A DICOM file's header, without its pixels"
     try: return pydicom.dcmread(path, stop_before_pixels=True, force=True)
     except (OSError, EOFError, ValueError, AttributeError, KeyError, NotImplementedError) as e:
-        raise InputError(f'{path}: its DICOM header cannot be read ({e}): copy or download it again', 'cut-off') from None
+        raise InputError(f'{path}: its DICOM header cannot be read ({e}): copy or download it again',
+                         'cut-off') from None
 
 # %% ../nbs/03_volume.ipynb #4322460a
 def _described(h)->str: return str(h.get('SeriesDescription') or '')
@@ -380,18 +393,24 @@ def _fitting(found:list, s:str)->list:
         if got: return got
     return []
 
+# %% ../nbs/03_volume.ipynb #13ac98f0
 def _said_series(h, files)->str:
     "A series in a few words"
     number,modality = h.get('SeriesNumber', '-'),h.get('Modality', '?')
     slices = f"{len(files)} slice{'s'*(len(files)!=1)}"
     return f'number {number}, {_described(h)!r}, {modality}, {slices}, UID …{h.SeriesInstanceUID[-12:]}'
 
+# %% ../nbs/03_volume.ipynb #a2716814
 def _pick(found:list, series, path)->tuple:
-    "The header and files of the series that is meant by number, UID or part of the description; `InputError` lists them all when that is not clear"
+    "The header and files of the series that is meant; `InputError` lists them all when that is not clear"
     got = found if series is None else _fitting(found, str(series).strip())
     if len(got)==1: return got[0]
-    if series is None: what,code = f'{path} holds {len(found)} DICOM series','several-series'
-    else: what,code = f'{path}: series {series!r} fits {len(got) or "none"} of {len(found)} DICOM series','series-unclear'
+    if series is None:
+        what = f'{path} holds {len(found)} DICOM series'
+        code = 'several-series'
+    else:
+        what = f'{path}: series {series!r} fits {len(got) or "none"} of {len(found)} DICOM series'
+        code = 'series-unclear'
     said = '; '.join(_said_series(*o) for o in found)
     numbers = [str(h.get('SeriesNumber')) for h,_ in found]
     unique = [o for o in numbers if numbers.count(o)==1 and o.isdigit()]
@@ -411,7 +430,8 @@ def _check_series(im, r, path):
     values = im.GetNumberOfComponentsPerPixel()
     if im.GetDimension()!=3 or values!=1:
         size = ' x '.join(map(str, im.GetSize()))
-        raise InputError(f'{path}: the series is no stack of grey slices (size {size}, {values} values per voxel): convert it '
+        raise InputError(f'{path}: the series is no stack of grey slices (size {size}, {values} values per voxel): '
+                         'convert it '
                          "to NIfTI or NRRD first, or read it with kind='label' if it is a DICOM-SEG", 'no-stack')
     turn,p = _tags(r, '0020|0037'),_tags(r, '0020|0032')
     if turn and np.ptp(turn, axis=0).max()>1e-3:
@@ -420,6 +440,7 @@ def _check_series(im, r, path):
     d = np.reshape(im.GetDirection(), (3,3))
     if len(p)>1: _check_positions(np.array(p), np.cross(d[:,0], d[:,1]), path)
 
+# %% ../nbs/03_volume.ipynb #27fe74ad
 def _read_slices(r, path:Path):
     "The image of a series reader, as floats when its slices have slopes of their own"
     try:
@@ -431,6 +452,7 @@ def _read_slices(r, path:Path):
         return im
     except RuntimeError as e: raise _told(path, e) from None
 
+# %% ../nbs/03_volume.ipynb #ddec42c9
 def _read_series(path:Path, series=None)->tuple:
     "SimpleITK image of a DICOM series in a folder, and its frame of reference"
     with _Quiet():
@@ -459,8 +481,9 @@ def check_colors(
     raise InputError(f"colors {', '.join(bad) or 'is empty'}: give colours as '#rrggbb' and their ids as whole numbers "
                      "from 0 to 65535, for example '#ff0000' and 1", 'colors')
 
+# %% ../nbs/03_volume.ipynb #b421a5ba
 def _strange(new:list, known, path)->InputError:
-    "What to say about colours that have no id; `new` holds (colour, pixels), `known` the colours that have one, None: nobody was asked"
+    "What to say about colours `new` (colour, pixels) without an id; `known` have one, None: nobody was asked"
     said = ', '.join(f'{k} ({n} px)' for k,n in new[:8])
     if len(new)>8: said += f' and {len(new)-8} more (smoothed edges? save the mask without smoothing)'
     if known is not None:
@@ -471,6 +494,7 @@ def _strange(new:list, known, path)->InputError:
     return InputError(f'{path}: a label needs one value per pixel, this is a colour picture with the colours {said}: '
                       f"say which is which class, for example colors={ids} (--colors '{option}')", 'label-colour')
 
+# %% ../nbs/03_volume.ipynb #037a74ee
 def _by_color(a:np.ndarray, colors, path)->np.ndarray: # (H,W) uint16
     "A colour mask (H,W,3) uint8 as ids; `InputError` lists the colours that nobody gave an id"
     one = a.astype(np.uint32)@np.array([65536,256,1], np.uint32)
@@ -485,15 +509,18 @@ def _by_color(a:np.ndarray, colors, path)->np.ndarray: # (H,W) uint16
 def _check_mode(im, path:Path, colors):
     "Raise for a picture of several pages or of 16 bits in each channel, and for colours that a grey one cannot have"
     n = getattr(im, 'n_frames', 1)
-    if n>1: raise InputError(f'{path}: it holds {n} pages: save one file per page, or the stack as NRRD or NIfTI', 'pages')
+    if n>1: raise InputError(f'{path}: it holds {n} pages: save one file per page, or the stack as NRRD or NIfTI',
+                             'pages')
     if im.mode in ('LA','RGB','RGBA') and ';16' in str(im.tile):
         raise InputError(f'{path}: it has 16 bits in each of {len(im.mode)} channels, of which 8 would be lost: '
                          'save it as 16-bit grey, or with 8 bits per channel', 'channels-16-bit')
     if colors is not None and im.mode[0] in 'IF':
-        raise InputError(f'{path}: colors were given, and this is a picture of mode {im.mode} without colours: leave them out', 'colors')
+        raise InputError(f'{path}: colors were given, and this is a picture of mode {im.mode} without colours: '
+                         'leave them out', 'colors')
 
+# %% ../nbs/03_volume.ipynb #c3dd22bc
 def _pixels(path:Path, kind:str, colors)->np.ndarray:
-    "(H,W) or (H,W,channels) array of a picture file as Pillow gives it; palettes are colours in images and indices in labels"
+    "Array of a picture as Pillow gives it; palettes are colours in images and indices in labels"
     try:
         with Image.open(path) as im:
             _check_mode(im, path, colors)
@@ -510,7 +537,8 @@ def _pixels(path:Path, kind:str, colors)->np.ndarray:
 def _read_flat(form, path:Path, kind:str='image', colors=None)->tuple:
     "(H,W) or (H,W,3) array of a picture file without alpha, and the geometry of a picture"
     if kind=='label' and not form.exact:
-        raise InputError(f'{path}: JPEG changes values, so it cannot hold labels: save the label map as PNG', 'label-jpeg')
+        raise InputError(f'{path}: JPEG changes values, so it cannot hold labels: save the label map as PNG',
+                         'label-jpeg')
     a = _pixels(path, kind, colors)
     if a.ndim==3: a = a[...,0] if a.shape[2]==2 else a[...,:3]
     if colors is not None: a = _by_color(a, colors, path)
@@ -588,6 +616,7 @@ def format_of(
     name = Path(path).name
     return next((f for f in FORMATS if name.lower().endswith(f.ext) and len(name)>len(f.ext)), None)
 
+# %% ../nbs/03_volume.ipynb #95053e9e
 def split_name(
     path, # a file's name
 )->tuple:
@@ -617,11 +646,12 @@ def _narrow(a:np.ndarray):
     fits = [t for t in (np.int16, np.uint16, np.int32) if np.iinfo(t).min<=lo and hi<=np.iinfo(t).max]
     return fits[0] if fits else np.float32
 
+# %% ../nbs/03_volume.ipynb #6ddfe885
 def image_values(
     a:np.ndarray, # of any numbers
     where='the image', # what errors name
 )->np.ndarray:
-    "uint8, int16 and uint16 as they are, other integers in the narrowest that holds them, floats as float32; NaN and inf are refused"
+    "Integers in the narrowest of uint8, int16, uint16, int32 that holds them, floats as float32; NaN and inf are refused"
     if a.dtype==bool: return a.astype(np.uint8)
     if a.dtype in (np.uint8, np.int16, np.uint16): return a.astype(a.dtype.newbyteorder('='), copy=False)
     if a.dtype.kind in 'iu': return a.astype(_narrow(a))
@@ -637,9 +667,11 @@ def _whole(a:np.ndarray, where)->np.ndarray:
     r = np.round(a)
     bad = ~(np.abs(a-r)<=1e-4)
     if not bad.any(): return r
-    raise InputError(f'{where}: labels must be whole numbers, but {int(bad.sum())} values are not, such as {a[bad].flat[0]:.4g}: '
+    raise InputError(f'{where}: labels must be whole numbers, but {int(bad.sum())} values are not, '
+                     f'such as {a[bad].flat[0]:.4g}: '
                      'threshold probabilities or resample labels with nearest neighbour', 'label-fraction')
 
+# %% ../nbs/03_volume.ipynb #8bc5c100
 def label_values(
     a:np.ndarray, # of any numbers
     where='the label', # what errors name
@@ -682,7 +714,8 @@ def _unknown_file(path:Path)->InputError:
     "What to say about a file that no row of the table knows"
     if _is_dicom(path):
         what = _header(path).get('Modality', 'of unknown modality')
-        return InputError(f'{path}: this is a single DICOM file ({what}): give the folder that holds the slices of its series; '
+        return InputError(f'{path}: this is a single DICOM file ({what}): '
+                          'give the folder that holds the slices of its series; '
                           "a single file can only be a DICOM-SEG, read with kind='label'", 'single-dicom')
     return InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, "
                       'or a folder with a DICOM series', 'unknown-kind')
@@ -728,12 +761,12 @@ def _check_asked(path:Path, kind:str, plane, for_labels:tuple):
 
 @renamed(names='ids')
 def read_volume(
-    path, # NIfTI, NRRD, MHA/MHD, a folder with a DICOM series, PNG, JPEG, TIFF or BMP; for labels also a folder with one file per structure, or DICOM-SEG
+    path, # a file of `FORMATS`, or a folder with a DICOM series; for labels also a folder of structures, or DICOM-SEG
     kind:str='image', # 'image', or 'label' for whole numbers from 0
     plane:str=None, # axial, coronal, sagittal; None: that of `like`, else across the thickest axis
     series=None, # which DICOM series of the folder: its number, its UID or a part of its description
     like:Volume=None, # for labels: the image it belongs to; the label must lie on its grid. DICOM-SEG needs it
-    ids:dict=None, # for structures and DICOM-SEG: name -> id, only these are read; None: 1, 2, … in the order of the names, or the segment numbers
+    ids:dict=None, # for structures and DICOM-SEG: name -> id, only these are read; None: 1, 2, … or the segment numbers
     colors:dict=None, # for colour masks: '#rrggbb' -> id
 )->Volume:
     "Read a scan or label into display order (slice,row,column); `InputError` names the file and what is wrong with it"
@@ -763,12 +796,15 @@ def _check_writing(v:Volume, path:Path):
 def _check_holds(form:Format, a:np.ndarray, g:Geometry, path:Path):
     "Raise unless a format can hold an array on a grid"
     if a.shape[:len(g.size)]!=g.size[::-1]:
-        raise InputError(f'{path}: the array in stored order {a.shape} does not fit its source grid (x,y,z) {g.size}', 'shape')
+        raise InputError(f'{path}: the array in stored order {a.shape} does not fit its source grid (x,y,z) {g.size}',
+                         'shape')
     fits = a.dtype in (np.uint8, np.uint16) if form.flat else a.ndim==len(g.size)
     if fits: return
     do = 'an integer label map' if form.flat else '.png'
-    raise InputError(f'{path}: {form.ext} cannot hold {a.dtype} values of shape {a.shape} here: use {do}', 'not-writable')
+    raise InputError(f'{path}: {form.ext} cannot hold {a.dtype} values of shape {a.shape} here: use {do}',
+                     'not-writable')
 
+# %% ../nbs/03_volume.ipynb #e0f4c7fb
 def write_volume(
     v:Volume, # any Volume; `v.source` says where its voxels belong
     path, # one of `writable`: .nii.gz, .nii, .nrrd or .mha; for a 2-D image also .png, .tif
@@ -841,17 +877,20 @@ def _want(have:list, ids, path)->dict: # name -> id
     there = ', '.join(map(str, have[:20]))
     raise InputError(f"{path}: none of {', '.join(ids)} is there; it has {there}: use these names", 'ids')
 
+# %% ../nbs/03_volume.ipynb #9942058f
 def _lay(out:np.ndarray, at, i:int, names:dict, path):
     "Write id `i` at the index `at` of a label map; `InputError` where it holds another id already"
     was = out[at]
     other = was[(was!=0)&(was!=i)]
     if len(other):
-        raise InputError(f'{path}: {names[int(other[0])]!r} and {names[i]!r} overlap in {len(other)} voxels, and a voxel has '
+        raise InputError(f'{path}: {names[int(other[0])]!r} and {names[i]!r} overlap in {len(other)} voxels, '
+                         'and a voxel has '
                          'one label: mend one of them, or pass ids with only those that you want', 'overlap')
     out[at] = i
 
 def _label_map(shape, ids)->np.ndarray: return np.zeros(shape, np.uint8 if max(ids)<=255 else np.uint16)
 
+# %% ../nbs/03_volume.ipynb #69da3b39
 def _check_one_value(v:Volume):
     "Raise unless a structure holds one value besides 0"
     if np.isin(v.array, (0, v.array.max())).all(): return
@@ -876,7 +915,7 @@ def _read_structures(path:Path, plane, ids, like)->Volume:
 def _part_of(parts:tuple, key:str): return next(getattr(p, key)[0] for p in parts if key in p)
 
 def _frame_grid(seg, i:int, g:Geometry)->tuple:
-    "Frame `i` of a DICOM-SEG in voxels of the stored grid `g`: (3,) place of its first pixel, (3,2) steps along its rows and columns"
+    "Frame `i` of a DICOM-SEG in voxels of the grid `g`: (3,) its first pixel, (3,2) steps along rows and columns"
     parts = seg.PerFrameFunctionalGroupsSequence[i],seg.SharedFunctionalGroupsSequence[0]
     turn = _part_of(parts, 'PlaneOrientationSequence').ImageOrientationPatient
     along = np.reshape(turn, (2,3)).astype(float).T
@@ -886,14 +925,15 @@ def _frame_grid(seg, i:int, g:Geometry)->tuple:
     return to@(place-g.origin), to@(along*(dx,dy))
 
 def _frame_index(seg, i:int, mask:np.ndarray, like:Volume, path)->tuple:
-    "Where the set pixels of frame `i` lie in the stored array of `like`, as an index (z,y,x); `InputError` when they lie on no voxels"
+    "Index (z,y,x) of the set pixels of frame `i` in the stored array of `like`; `InputError` when they lie on no voxels"
     first,step = _frame_grid(seg, i, like.source)
     f0,s0 = np.rint(first).astype(int),np.rint(step).astype(int)
     corners = np.array([[x,y] for x in (0,mask.shape[1]-1) for y in (0,mask.shape[0]-1)]).T
     off = np.abs((first-f0)[:,None]+(step-s0)@corners).max()
     on = like.path or like.case
     if off>.05 or (np.abs(s0).sum(0)!=1).any():
-        raise InputError(f'{path}: frame {i+1} does not lie on the grid of the image {on}: its pixels are up to {off:.3g} voxels '
+        raise InputError(f'{path}: frame {i+1} does not lie on the grid of the image {on}: '
+                         f'its pixels are up to {off:.3g} voxels '
                          'away from the nearest ones (another pixel size, orientation or position): '
                          'give the series that it was drawn on', 'seg-grid')
     y,x = np.nonzero(mask)
@@ -930,7 +970,8 @@ def _check_seg_image(path:Path, like):
         raise InputError(f'{path} is a DICOM-SEG, which only makes sense on its image: give that as like, for example '
                          "read_volume('seg.dcm', kind='label', like=read_volume('series_folder'))", 'seg-image')
     if len(like.source.size)!=3:
-        raise InputError(f'{path}: a DICOM-SEG cannot be laid on {like.path or like.case}, which has no place in the room: '
+        raise InputError(f'{path}: a DICOM-SEG cannot be laid on {like.path or like.case}, '
+                         'which has no place in the room: '
                          'give the DICOM series or volume that it was drawn on', 'seg-image')
 
 # %% ../nbs/03_volume.ipynb #d024b670
@@ -938,7 +979,8 @@ def _check_frame(seg, like:Volume, path:Path):
     "Raise when image and segmentation state different frames of reference"
     mine,frame = like.source.frame,str(seg.get('FrameOfReferenceUID', ''))
     if not (mine and frame) or mine==frame: return
-    raise InputError(f'{path}: its frame of reference (…{frame[-12:]}) is not that of the image {like.path} (…{mine[-12:]}): '
+    raise InputError(f'{path}: its frame of reference (…{frame[-12:]}) is not that of the image {like.path} '
+                     f'(…{mine[-12:]}): '
                      'give the series that it was drawn on', 'seg-frame')
 
 def _lay_segments(seg, like:Volume, ids, path:Path)->tuple: # stored label map, id -> name
@@ -953,7 +995,8 @@ def _lay_segments(seg, like:Volume, ids, path:Path)->tuple: # stored label map, 
         if n in id_of and mask.any(): _lay(out, _frame_index(seg, i, mask, like, path), id_of[n], names, path)
     return out, names
 
-_SEG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError, OSError, StopIteration)
+_SEG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError, OSError,
+               StopIteration)
 
 def _read_seg(path:Path, like:Volume, ids)->Volume:
     "A DICOM-SEG as a label map on the grid of the image `like`"
@@ -966,7 +1009,8 @@ def _read_seg(path:Path, like:Volume, ids)->Volume:
     except InputError: raise
     except _SEG_ERRORS as e:
         why = f'{type(e).__name__}: {str(e)[:150]}'
-        raise InputError(f'{path}: this DICOM-SEG cannot be read ({why}): convert it to NIfTI first, or write it anew', 'unreadable') from None
+        raise InputError(f'{path}: this DICOM-SEG cannot be read ({why}): convert it to NIfTI first, or write it anew',
+                         'unreadable') from None
     case = path.name.removesuffix('.dcm')
     return Volume(to_display(out, like.source), like.spacing, case, path, like.source, names)
 
@@ -988,6 +1032,7 @@ class Case:
     image:Path # file of the image, or folder of its DICOM series
     label:Path # file of the label, or folder of its structures
 
+# %% ../nbs/03_volume.ipynb #433f34e6
 class Cases(list):
     "A list of `Case`; files without a partner are in `unpaired`"
     def __init__(self, items=(), unpaired=()):
@@ -1013,10 +1058,12 @@ def _is_case(p:Path, what:str)->bool:
     if p.is_dir(): return has_dicom(p) or label and any(format_of(q) for q in _visible(p))
     return bool(format_of(p)) or label and p.suffix.lower()=='.dcm'
 
+# %% ../nbs/03_volume.ipynb #5c3e52a6
 def _files(folder, what:str)->list:
     "Files with a known extension, and folders that are cases, in a folder, by name"
     folder = Path(folder)
-    if not folder.exists(): raise InputError(f'the folder of {what}, {folder}, does not exist: check the name', 'missing')
+    if not folder.exists(): raise InputError(f'the folder of {what}, {folder}, does not exist: check the name',
+                                             'missing')
     if not folder.is_dir(): raise InputError(f'{folder} is a file: give the folder that holds the {what}', 'no-folder')
     res = [p for p in _visible(folder) if _is_case(p, what)]
     if res: return res
@@ -1024,6 +1071,7 @@ def _files(folder, what:str)->list:
     raise InputError(f"no {what} in {folder}: looked for files ending in {' '.join(MEDICAL+FLAT)} "
                      f'and for folders with {kinds}; {_found(folder)}', 'no-files')
 
+# %% ../nbs/03_volume.ipynb #60017df6
 def _names(p:Path, suffix:str='')->tuple: # name, case id
     "Name of a file without extension, or of a folder, and the same without `suffix`"
     name = split_name(p)[0]
@@ -1034,7 +1082,7 @@ def _names(p:Path, suffix:str='')->tuple: # name, case id
 
 # %% ../nbs/03_volume.ipynb #72e8d66f
 def _one_case(images:Path, labels:Path, suffix:str)->Case:
-    "The case of a folder that is a DICOM series; its label is the entry of `labels` with its name, or `labels` as a whole"
+    "The case of a DICOM series; its label is the entry of `labels` with its name, or `labels` as a whole"
     if not labels.exists():
         raise InputError(f'the labels, {labels}, do not exist: '
                          f'{images} is one DICOM series, give the file or folder of its label', 'missing')
@@ -1046,6 +1094,7 @@ def _one_case(images:Path, labels:Path, suffix:str)->Case:
         raise InputError(f'case {both[1]!r} has several labels: {several}: keep one', 'pairs-twice')
     return Case(both[1], images, fit[0] if fit else labels)
 
+# %% ../nbs/03_volume.ipynb #d979cc50
 def _pairs(ims:list, labs:list, suffix:str)->dict: # case -> (image, label) pairs
     "All pairs of files by name"
     by_name,by_case = defaultdict(list),defaultdict(list)
@@ -1061,7 +1110,8 @@ def _check_once(by_case:dict):
     for case,pairs in by_case.items():
         if len(pairs)<2: continue
         said = '; '.join(f'{p.name} with {q.name}' for p,q in pairs)
-        raise InputError(f'case {case!r} pairs more than once: {said}: keep one image and one label of it', 'pairs-twice')
+        raise InputError(f'case {case!r} pairs more than once: {said}: keep one image and one label of it',
+                         'pairs-twice')
 
 # %% ../nbs/03_volume.ipynb #480cda6e
 def find_cases(
@@ -1069,7 +1119,7 @@ def find_cases(
     labels, # folder of labels, each a file or a folder of structures; for one DICOM series also its label alone
     image_suffix:str='_0000', # ending of image names that labels do not have
 )->Cases:
-    "Pair images with labels by name; `InputError` when nothing pairs or a name pairs twice, a warning for files left over"
+    "Pair images with labels by name; `InputError` when nothing pairs or one pairs twice, a warning for files left over"
     images,labels = Path(images),Path(labels)
     if images.resolve()==labels.resolve():
         raise InputError(f'images and labels are one folder ({images}): put them into two', 'one-folder')
@@ -1078,12 +1128,14 @@ def find_cases(
     by_case = _pairs(ims, labs, image_suffix)
     _check_once(by_case)
     if not by_case:
-        raise InputError(f'no image pairs with a label: {len(ims)} images in {images} (such as {ims[0].name}), {len(labs)} labels '
+        raise InputError(f'no image pairs with a label: {len(ims)} images in {images} (such as {ims[0].name}), '
+                         f'{len(labs)} labels '
                          f'in {labels} (such as {labs[0].name}); looked for labels named like the image, with or without '
                          f'{image_suffix!r}: rename them, or give another image_suffix', 'no-pairs')
     used = {p for pairs in by_case.values() for pq in pairs for p in pq}
     left = [p for p in ims+labs if p not in used]
     if left:
         said = ', '.join(f'{p.parent.name}/{p.name}' for p in left)
-        warnings.warn(f'{len(left)} of {len(ims)+len(labs)} files have no partner and are left out: {said}', stacklevel=2)
+        warnings.warn(f'{len(left)} of {len(ims)+len(labs)} files have no partner and are left out: {said}',
+                      stacklevel=2)
     return Cases((Case(c, *by_case[c][0]) for c in sorted(by_case)), left)

@@ -1,23 +1,40 @@
-"What every test shares: a home outside the repository, few threads, and the reasons why a test cannot run here."
+"What every test shares: a home outside the repository, few threads, an order for two workers, reasons to skip"
 import os, shutil, tempfile
 from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+THREADS = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'
+LONGEST = ['btcv', 'JupyterLab', 'Notebook 7', 'test_real.py', 'test_docs.py', 'test_lab.py', 'test_finetune.py']
 _home = None
 
 def pytest_configure(config):
-    "Set the environment before anything imports torch: nothing is written into the repository, and two threads are enough, or one for each of several workers"
+    "Set the environment before anything imports torch: nothing is written into the repository, and threads are few"
     global _home
     _home = tempfile.mkdtemp(prefix='medsam_nb-tests-')
     os.environ.update(MEDSAM_NB_HOME=_home, MPLBACKEND='agg')
-    for o in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS'): os.environ.setdefault(o, '1' if getattr(config.option, 'numprocesses', None) or os.environ.get('PYTEST_XDIST_WORKER') else '2')
+    several = getattr(config.option, 'numprocesses', None) or os.environ.get('PYTEST_XDIST_WORKER')
+    for o in THREADS: os.environ.setdefault(o, '1' if several else '2')
 
 def pytest_unconfigure(config):
     if _home: shutil.rmtree(_home, ignore_errors=True)
 
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda o: not o.path.name.startswith('test_real'))    # the longest files first, so that several workers end together
+def group_of(item)->str:
+    "Tests of a group run on one worker, one after another: those of a file, or those that a mark takes out of it"
+    mark = item.get_closest_marker('xdist_group')
+    return mark.args[0] if mark else item.path.name
+
+def place(item)->int:
+    "The longest groups come first, so that several workers end together"
+    group = group_of(item)
+    return LONGEST.index(group) if group in LONGEST else len(LONGEST)
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    items.sort(key=place)
+    if config.pluginmanager.hasplugin('xdist'):
+        for o in items:
+            if not o.get_closest_marker('xdist_group'): o.add_marker(pytest.mark.xdist_group(group_of(o)))
     marked = [o for o in items if o.get_closest_marker('cuda')]
     if not marked: return
     import torch
@@ -42,7 +59,12 @@ def home(tmp_path, monkeypatch)->Path:
     monkeypatch.setenv('MEDSAM_NB_HOME', str(tmp_path))
     return tmp_path
 
+def on_real_scans(report): return report.when=='call' and 'test_real' in report.nodeid
+
 def pytest_terminal_summary(terminalreporter):
     "Show what the tests on real scans measured, not only that they passed"
-    found = [r.capstdout.strip() for r in terminalreporter.stats.get('passed', []) if r.when == 'call' and 'test_real' in r.nodeid and r.capstdout.strip()]
-    if found: terminalreporter.section('measured on real scans'); terminalreporter.write_line('\n\n'.join(found))
+    passed = terminalreporter.stats.get('passed', [])
+    found = [r.capstdout.strip() for r in passed if on_real_scans(r) and r.capstdout.strip()]
+    if not found: return
+    terminalreporter.section('measured on real scans')
+    terminalreporter.write_line('\n\n'.join(found))

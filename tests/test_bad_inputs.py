@@ -1,38 +1,105 @@
-"Bad input, given to the real commands: each ends in one clear sentence and exit code 2, and leaves every file as it was"
-import gzip, json, os, shlex, shutil, subprocess, sys, tempfile
+"Bad input, given to the real commands: each ends in one clear sentence and exit code 2, and touches no file"
+import gzip, os, re, shlex, shutil, tempfile
 from pathlib import Path
 import numpy as np, pytest, torch
 from PIL import Image
+from terminal import Terminal
 from tiny import SPACING, curate, fill, raw, save, scan
 from medsam_nb.finetune import finetune
 
 IMG, LAB = 'raw/images/a_0000.nii.gz', 'raw/labels/a.nii.gz'
-CURATE, EMBED, TUNE = 'medsam_curate raw/images raw/labels --out out', 'medsam_embed npz/CT_Abd --store new.zarr', 'medsam_finetune npz/CT_Abd --store s.zarr --run new'
-SCORE, ASK = 'medsam_evaluate npz/CT_Abd --store s.zarr --run runs/run', f'medsam_predict {IMG} mask.nii.gz --boxes boxes.csv'
-FAULTS = {}   # name -> (command, what is done to the folder first, words of the sentence, extras of the job)
+CURATE = 'medsam_curate raw/images raw/labels --out out'
+EMBED = 'medsam_embed npz/CT_Abd --store new.zarr'
+TUNE = 'medsam_finetune npz/CT_Abd --store s.zarr --run new'
+SCORE = 'medsam_evaluate npz/CT_Abd --store s.zarr --run runs/run'
+ASK = f'medsam_predict {IMG} mask.nii.gz --boxes boxes.csv'
+FAULTS = {} # name -> (command, what is done to the folder first, words of the sentence, extras of the job)
 
 def fault(name, command, words, plant=None, **job):
     assert name not in FAULTS, name
     FAULTS[name] = command, plant, words, job
 
-def image(array=None, spacing=SPACING, path=IMG): return lambda d: save(d/path, scan(shape=(2,64,80))[0] if array is None else array, spacing)
-def label(array=None, spacing=SPACING): return image(scan(shape=(2,64,80))[1] if array is None else array, spacing, LAB)
-def text(path, content=''): return lambda d: ((d/path).parent.mkdir(parents=True, exist_ok=True), (d/path).write_text(content))
-def cut(path, share=.5): return lambda d: ((b := (d/path).read_bytes()), (d/path).unlink(), (d/path).write_bytes(b[:int(len(b)*share)]))
+# ---- what is done to a folder: each returns a function of the folder ----
+def image(array=None, spacing=SPACING, path=IMG):
+    if array is None: array = scan(shape=(2,64,80))[0]
+    return lambda d: save(d/path, array, spacing)
+
+def label(array=None, spacing=SPACING):
+    if array is None: array = scan(shape=(2,64,80))[1]
+    return image(array, spacing, LAB)
+
+def text(path, content=''):
+    def f(d):
+        (d/path).parent.mkdir(parents=True, exist_ok=True)
+        (d/path).write_text(content)
+    return f
+
+def replaced(path, content): # a new file: the old one may be shared with other folders
+    path.unlink()
+    path.write_bytes(content)
+
+def cut(path, share=.5):
+    def f(d):
+        content = (d/path).read_bytes()
+        replaced(d/path, content[:int(len(content)*share)])
+    return f
+
 def gone(path): return lambda d: shutil.rmtree(d/path) if (d/path).is_dir() else (d/path).unlink()
+
 def both(*plants): return lambda d: [p(d) for p in plants]
-def to_dir(path): return lambda d: ((d/path).unlink(missing_ok=True), (d/path).mkdir())
-def loop(path): return lambda d: ((d/path).unlink(), (d/path).symlink_to(Path(path).name))
+
+def renamed(path, to): return lambda d: (d/path).rename(d/to)
+
+def to_dir(path):
+    def f(d):
+        (d/path).unlink(missing_ok=True)
+        (d/path).mkdir()
+    return f
+
+def link(path, to):
+    def f(d):
+        (d/path).unlink()
+        (d/path).symlink_to(to)
+    return f
+
+def closed_folder(d):
+    (d/'out').mkdir()
+    (d/'out').chmod(0o555)
+
 def zero_spacing(d):
     "A header whose pixels have no width"
-    b = bytearray(gzip.decompress((d/IMG).read_bytes())); b[80:84] = bytes(4)
+    b = bytearray(gzip.decompress((d/IMG).read_bytes()))
+    b[80:84] = bytes(4)
     (d/IMG).write_bytes(gzip.compress(bytes(b)))
+
 def pngs(mode='L', masks='png'):
+    grey, mask = np.arange(64*80).reshape(64,80)%255, scan(shape=(1,64,80))[1][0]
     def f(d):
-        for k, values in (('images', np.arange(64*80).reshape(64,80)%255), ('labels', scan(shape=(1,64,80))[1][0])):
-            shutil.rmtree(d/'raw'/k); (d/'raw'/k).mkdir()
-            Image.fromarray(values.astype(np.uint8)).convert(mode if k == 'labels' else 'L').save(d/'raw'/k/('a.png' if k == 'images' else f'a.{masks}'))
+        for k in ('images', 'labels'):
+            shutil.rmtree(d/'raw'/k)
+            (d/'raw'/k).mkdir()
+        Image.fromarray(grey.astype(np.uint8)).save(d/'raw/images/a.png')
+        Image.fromarray(mask.astype(np.uint8)).convert(mode).save(d/f'raw/labels/a.{masks}')
     return f
+
+def coloured(d):
+    noise = np.random.default_rng(0).integers(0, 255, (64,80,3), dtype=np.uint8)
+    Image.fromarray(noise).save(d/'raw/labels/a.png')
+
+def an_npz(d): return next((d/'npz').rglob('*.npz'))
+
+def pickled(d):
+    f = an_npz(d)
+    f.unlink()
+    np.savez(f, imgs=np.array([{}], dtype=object))
+
+def other_data(d):
+    image(scan(seed=9, shape=(2,64,80))[0])(d)
+    curate(d/'raw/images', d/'raw/labels', d/'npz2', progress=False)
+
+def one_patient(d):
+    for f in sorted((d/'npz/CT_Abd/train').glob('*.npz'))[1:]: f.unlink()
+
 class Boom:
     def __reduce__(self): return os.mkdir, ('boom',)
 
@@ -43,7 +110,7 @@ fault('a folder with a name in another script that is not there', 'medsam_curate
 fault('a file for a folder', f'medsam_curate {IMG} raw/labels --out out', 'is a file')
 fault('one folder for both', 'medsam_curate raw/images raw/images --out out', 'one folder')
 fault('an empty folder', 'medsam_curate empty raw/labels --out out', 'empty', lambda d: (d/'empty').mkdir())
-fault('names that do not pair', CURATE, 'no image pairs', lambda d: (d/LAB).rename(d/'raw/labels/b.nii.gz'))
+fault('names that do not pair', CURATE, 'no image pairs', renamed(LAB, 'raw/labels/b.nii.gz'))
 fault('two labels of one image', CURATE, 'more than once', lambda d: shutil.copy(d/LAB, d/'raw/labels/a_0000.nii.gz'))
 fault('the output is a file', CURATE, 'out', text('out', 'mine'))
 fault('the output lies in a file', 'medsam_curate raw/images raw/labels --out boxes.csv/deep', 'boxes.csv')
@@ -54,8 +121,8 @@ fault('a truncated label', CURATE, r'a\.nii\.gz', cut(LAB))
 fault('an empty image file', CURATE, r'a_0000\.nii\.gz', text(IMG))
 fault('text that is called an image', CURATE, r'a_0000\.nii\.gz', text(IMG, 'dear colleague'))
 fault('a folder that is called an image', CURATE, 'a_0000|no images', to_dir(IMG))
-fault('a symbolic link to itself', CURATE, 'a_0000|no images', loop(IMG))
-fault('a link to nothing', CURATE, 'a_0000|no images', lambda d: ((d/IMG).unlink(), (d/IMG).symlink_to('lost.nii.gz')))
+fault('a symbolic link to itself', CURATE, 'a_0000|no images', link(IMG, Path(IMG).name))
+fault('a link to nothing', CURATE, 'a_0000|no images', link(IMG, 'lost.nii.gz'))
 fault('another size', CURATE, 'size', label(scan(shape=(2,64,64))[1]))
 fault('another spacing', CURATE, 'spacing', label(spacing=(.9,.9,3.)))
 fault('labels that are probabilities', CURATE, 'whole numbers', label(np.full((2,64,80), .3, np.float32)))
@@ -69,41 +136,55 @@ fault('four dimensions', CURATE, 'values per voxel|dimensions', image(np.zeros((
 fault('spacing zero', CURATE, 'voxel size', zero_spacing)
 fault('a picture with a CT window', CURATE, '8-bit', pngs())
 fault('labels in a JPEG', CURATE+' --modality Photo', 'JPEG', pngs(masks='jpg'))
-fault('labels in colour', CURATE+' --modality Photo', 'colour', both(pngs('RGB'), lambda d: Image.fromarray(np.random.default_rng(0).integers(0, 255, (64,80,3), dtype=np.uint8)).save(d/'raw/labels/a.png')))
+fault('labels in colour', CURATE+' --modality Photo', 'colour', both(pngs('RGB'), coloured))
 fault('a truncated picture', CURATE+' --modality Photo', r'a\.png', both(pngs(), cut('raw/images/a.png')))
 # curation: options
-for option, words in {'--label_id liver':'liver', '--label_id 0':'label_ids', '--label_id 77':'77|no slice', '--window lung':'lung', '--window medsam --modality MR':'Hounsfield', '--low 99 --high 5 --window percentile':'low', '--size 0':'size',
-                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip', '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy', '--workers 0':'workers', '--workers -4':'workers'}.items():
+for option, words in {'--label_id liver':'liver', '--label_id 0':'label_ids', '--label_id 77':'77|no slice',
+                      '--window lung':'lung', '--window medsam --modality MR':'Hounsfield',
+                      '--low 99 --high 5 --window percentile':'low', '--size 0':'size',
+                      '--min_pixels -3':'min_pixels', '--fit stretch':'fit', '--flip up':'flip',
+                      '--test_fraction 2':'fraction', "--patient '('":'pattern|expression', '--anatomy a/b':'anatomy',
+                      '--workers 0':'workers', '--workers -4':'workers'}.items():
     fault(f'curate {option}', f'{CURATE} {option}', words)
 # the disk's own refusals
 fault('an image nobody may read', CURATE, r'a_0000\.nii\.gz', lambda d: (d/IMG).chmod(0), nobody=True)
-fault('an output folder nobody may write', CURATE, 'ermission', lambda d: ((d/'out').mkdir(), (d/'out').chmod(0o555)), nobody=True)
+fault('an output folder nobody may write', CURATE, 'ermission', closed_folder, nobody=True)
 fault('a full disk while curating', CURATE, 'large|space', limit=3000)
 fault('a full disk while predicting', ASK.replace('mask.nii.gz', 'mask.nii')+' --device cpu', 'large|space', limit=5000)
 # embedding
-for option, words in {'--model vit_x':'vit_x', '--dtype float8':'float8', '--precision fp8':'fp8', '--batch_size 0':'batch_size', '--device tpu':'tpu', '--checkpoint none.pth':'none.pth', '--checkpoint boxes.csv':'boxes.csv'}.items():
+for option, words in {'--model vit_x':'vit_x', '--dtype float8':'float8', '--precision fp8':'fp8',
+                      '--batch_size 0':'batch_size', '--device tpu':'tpu', '--checkpoint none.pth':'none.pth',
+                      '--checkpoint boxes.csv':'boxes.csv'}.items():
     fault(f'embed {option}', f'{EMBED} {option}', words)
 fault('embed nothing', 'medsam_embed nowhere', 'nowhere')
 fault('embed what is not curated', 'medsam_embed raw/images', 'raw/images')
-fault('embed a damaged file', EMBED, 'npz', lambda d: cut(next((d/'npz').rglob('*.npz')).relative_to(d))(d))
-fault('embed a pickle', EMBED, 'npz', lambda d: ((f := next((d/'npz').rglob('*.npz'))).unlink(), np.savez(f, imgs=np.array([{}], dtype=object))))
-fault('a checkpoint that runs code', EMBED+' --checkpoint evil.pth', 'evil.pth', lambda d: torch.save(dict(a=Boom()), d/'evil.pth'))
+fault('embed a damaged file', EMBED, 'npz', lambda d: cut(an_npz(d).relative_to(d))(d))
+fault('embed a pickle', EMBED, 'npz', pickled)
+fault('a checkpoint that runs code', EMBED+' --checkpoint evil.pth', 'evil.pth',
+      lambda d: torch.save(dict(a=Boom()), d/'evil.pth'))
 fault('a truncated checkpoint', EMBED+' --checkpoint runs/run/best.pth', 'best.pth', cut('runs/run/best.pth'))
-fault('a checkpoint of something else', EMBED+' --checkpoint odd.pth', 'odd.pth', lambda d: torch.save(dict(conv=torch.zeros(2)), d/'odd.pth'))
+fault('a checkpoint of something else', EMBED+' --checkpoint odd.pth', 'odd.pth',
+      lambda d: torch.save(dict(conv=torch.zeros(2)), d/'odd.pth'))
 fault('a store that is a file', 'medsam_embed npz/CT_Abd --store boxes.csv', 'boxes.csv is a file')
 fault('a store in a folder of other things', 'medsam_embed npz/CT_Abd --store raw', 'raw is a folder of other things')
-fault('a store of other data', 'medsam_embed npz2/CT_Abd --store s.zarr', 'source|differ|another', lambda d: (image(scan(seed=9, shape=(2,64,80))[0])(d), curate(d/'raw/images', d/'raw/labels', d/'npz2', progress=False)))
+fault('a store of other data', 'medsam_embed npz2/CT_Abd --store s.zarr', 'source|differ|another', other_data)
 # fine-tuning
-for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size', '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label', '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
+for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size',
+                      '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label',
+                      '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
                       '--model vit_b':'vit_b|model', '--epoch_samples 0':'epoch_samples'}.items():
     fault(f'finetune {option}', f'{TUNE} {option}', words)
 fault('fine-tune on nothing', 'medsam_finetune nowhere', 'nowhere')
 fault('fine-tune without embeddings', 'medsam_finetune npz/CT_Abd --store none.zarr', 'none.zarr')
-fault('fine-tune into a folder of other things', 'medsam_finetune npz/CT_Abd --store s.zarr --run raw/images', 'raw/images')
-fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --store s.zarr --run runs/run --lr 1', 'lr')
-fault('one training patient', TUNE, 'two', lambda d: [f.unlink() for f in sorted((d/'npz/CT_Abd/train').glob('*.npz'))[1:]])
+fault('fine-tune into a folder of other things', 'medsam_finetune npz/CT_Abd --store s.zarr --run raw/images',
+      'raw/images')
+fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --store s.zarr --run runs/run --lr 1',
+      'lr')
+fault('one training patient', TUNE, 'two', one_patient)
 # evaluation
-for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance', '--device tpu':'tpu'}.items(): fault(f'evaluate {option}', f'{SCORE} {option}', words)
+for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance',
+                      '--device tpu':'tpu'}.items():
+    fault(f'evaluate {option}', f'{SCORE} {option}', words)
 fault('evaluate no run', 'medsam_evaluate npz/CT_Abd --store s.zarr --run never', 'never')
 fault('evaluate without a checkpoint', SCORE, 'best.pth', gone('runs/run/best.pth'))
 fault('evaluate a damaged configuration', SCORE, 'config.json', text('runs/run/config.json', '{'))
@@ -114,89 +195,92 @@ fault('predict without boxes', f'medsam_predict {IMG} mask.nii.gz', 'boxes')
 fault('predict over a file', f'medsam_predict {IMG} {LAB} --boxes boxes.csv', 'exists')
 fault('predict into a JPEG', f'medsam_predict {IMG} mask.jpg --boxes boxes.csv', 'mask.jpg')
 fault('no box file', f'medsam_predict {IMG} mask.nii.gz --boxes none.csv', 'none.csv')
-fault('predict a label of another size', f'medsam_predict {IMG} mask.nii.gz --labels {LAB}', 'size', label(scan(shape=(2,64,64))[1]))
-for name, (row, words) in {'columns':('a,b\n1,2', 'column|lack'), 'nothing':('', 'boxes'), 'no row':('z,label,x0,y0,x1,y1', 'empty|no '), 'a slice that is not there':('z,label,x0,y0,x1,y1\n9,1,5,5,20,20', '9'), 'words':('z,label,x0,y0,x1,y1\none,1,5,5,20,20', 'one|number'),
-                           'NaN':('z,label,x0,y0,x1,y1\n0,1,,5,20,20', 'x0|number|row|pixels'), 'label 0':('z,label,x0,y0,x1,y1\n0,0,5,5,20,20', 'label'), 'no area':('z,label,x0,y0,x1,y1\n0,1,5,5,5,20', 'box|area'), 'outside':('z,label,x0,y0,x1,y1\n0,1,500,500,520,520', 'outside|image')}.items():
+fault('predict a label of another size', f'medsam_predict {IMG} mask.nii.gz --labels {LAB}', 'size',
+      label(scan(shape=(2,64,64))[1]))
+for name, (row, words) in {'columns':('a,b\n1,2', 'column|lack'), 'nothing':('', 'boxes'),
+                           'no row':('z,label,x0,y0,x1,y1', 'empty|no '),
+                           'a slice that is not there':('z,label,x0,y0,x1,y1\n9,1,5,5,20,20', '9'),
+                           'words':('z,label,x0,y0,x1,y1\none,1,5,5,20,20', 'one|number'),
+                           'NaN':('z,label,x0,y0,x1,y1\n0,1,,5,20,20', 'x0|number|row|pixels'),
+                           'label 0':('z,label,x0,y0,x1,y1\n0,0,5,5,20,20', 'label'),
+                           'no area':('z,label,x0,y0,x1,y1\n0,1,5,5,5,20', 'box|area'),
+                           'outside':('z,label,x0,y0,x1,y1\n0,1,500,500,520,520', 'outside|image')}.items():
     fault(f'boxes with {name}', ASK, words, text('boxes.csv', row))
 # the doctor, and the tutorials' names
 fault('the doctor without a folder', 'medsam_doctor nowhere raw/labels', 'nowhere')
-fault('the doctor told to write into the data', 'medsam_doctor raw/images raw/labels --quick --json raw/images/report.json', 'raw/images')
+fault('the doctor told to write into the data',
+      'medsam_doctor raw/images raw/labels --quick --json raw/images/report.json', 'raw/images')
 fault('the doctor with a wrong window', 'medsam_doctor raw/images raw/labels --quick --window lung', 'lung')
 fault('pre_CT without a folder', 'pre_CT -i nowhere -gt raw/labels -o out', 'nowhere')
-fault('pre_CT with names that do not pair', 'pre_CT -i raw/images -gt raw/labels -o out', 'no image pairs', lambda d: (d/LAB).rename(d/'raw/labels/b.nii.gz'))
+fault('pre_CT with names that do not pair', 'pre_CT -i raw/images -gt raw/labels -o out', 'no image pairs',
+      renamed(LAB, 'raw/labels/b.nii.gz'))
 fault('pre_grey_rgb2D without masks', 'pre_grey_rgb2D -i raw/images -gt nowhere -o out', 'nowhere')
-fault('pre_grey_rgb2D with a table that is not there', 'pre_grey_rgb2D -i raw/images -gt raw/labels --csv none.csv -o out', 'none.csv')
+fault('pre_grey_rgb2D with a table that is not there',
+      'pre_grey_rgb2D -i raw/images -gt raw/labels --csv none.csv -o out', 'none.csv')
 # downloads
 fault('fetch what is unknown', 'medsam_fetch sam_vit_z', 'sam_vit_z')
 fault('fetch two from one address', 'medsam_fetch sam_vit_b sam_vit_l --url http://127.0.0.1:9/x', 'one')
 fault('fetch from nowhere', 'medsam_fetch sam_vit_b --url http://127.0.0.1:9/x', '127.0.0.1')
 fault('fetch by another protocol', 'medsam_fetch sam_vit_b --url ftp://127.0.0.1/x', 'ftp')
 
-RUN = '''
-import importlib, json, os, resource, sys, traceback, warnings
-warnings.simplefilter('ignore')
-from medsam_nb import core, curate, doctor, embed, evaluate, finetune, pre_CT, pre_grey_rgb2D, segment
-import torch, zarr, timm, PIL.PngImagePlugin, skimage.transform, encodings.idna
-from medsam_nb.sam import build_model; build_model('lite')
-def one(job):
-    sys.stdout.flush(); pid = os.fork()
-    if pid: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 99
-    try:
-        os.chdir(job['dir']); os.environ['MEDSAM_NB_HOME'] = job['dir']; torch.set_num_threads(1)
-        for fd, name in ((1, 'out'), (2, 'err')): os.dup2(os.open(f"{job['say']}.{name}", os.O_CREAT|os.O_WRONLY|os.O_TRUNC, 0o666), fd)
-        if job.get('limit'): resource.setrlimit(resource.RLIMIT_FSIZE, (job['limit'], job['limit']))
-        if job.get('nobody') and os.getuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)
-        sys.argv = job['argv']; func = getattr(importlib.import_module(job['module']), job['argv'][0])
-        try: func(); code = 0
-        except SystemExit as e: code = e.code
-        except BaseException: traceback.print_exc(); code = 1
-    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code or 0)
-print(json.dumps([one(j) for j in json.load(open(sys.argv[1]))]))
-'''
-MODULES = dict(medsam_curate='curate', medsam_embed='embed', medsam_finetune='finetune', medsam_evaluate='evaluate', medsam_predict='segment', medsam_fetch='core', medsam_doctor='doctor', pre_CT='pre_CT', pre_grey_rgb2D='pre_grey_rgb2D')
+@pytest.fixture(scope='module')
+def top():
+    "A folder that nobody may enter too, which pytest's own is not"
+    top = Path(tempfile.mkdtemp(prefix='bad-'))
+    top.chmod(0o777)
+    yield top
+    shutil.rmtree(top, ignore_errors=True)
 
 @pytest.fixture(scope='module')
-def results(tmp_path_factory):
-    "Every fault in a folder of its own, every command in a process of its own (forked: the imports are paid once)"
-    top = Path(tempfile.mkdtemp(prefix='bad-')); top.chmod(0o777)
-    try:
-        good = top/'good'
-        raw(good/'more', 'abcd', shape=(2,64,80)); raw(good/'raw', 'a', shape=(2,64,80))
-        folder = curate(good/'more/images', good/'more/labels', out=good/'npz', progress=False).folder
-        store = fill(folder, good/'s.zarr'); run = finetune(folder, store.path, good/'runs'/'run', device='cpu', epochs=1, epoch_samples=1)
-        shutil.rmtree(good/'more')
-        for f in [*run.path.glob('state-*'), run.path/'tensorboard']: shutil.rmtree(f)
-        (good/'boxes.csv').write_text('z,label,x0,y0,x1,y1\n0,9,20,16,48,44\n')
-        jobs, before = [], {}
-        for n, (name, (command, plant, words, extra)) in enumerate(FAULTS.items()):
-            d = top/f'{n:03}'; shutil.copytree(good, d, copy_function=lambda a, b: os.link(a, b) if os.path.getsize(a) > 1e5 else shutil.copy2(a, b))   # the large ones are one file
-            if plant: plant(d)
-            if extra.get('nobody'): d.chmod(0o777)
-            argv = shlex.split(command); before[name] = seen(d)
-            jobs.append(dict(dir=str(d), argv=argv, module='medsam_nb.'+MODULES[argv[0]], say=str(top/f'{n:03}'), **extra))
-        (top/'jobs.json').write_text(json.dumps(jobs))
-        p = subprocess.run([sys.executable, '-c', RUN, top/'jobs.json'], capture_output=True, text=True, env=dict(os.environ, PYTHONWARNINGS='ignore', OMP_NUM_THREADS='1'), cwd=Path(__file__).parents[1])
-        assert p.returncode == 0, p.stderr
-        codes = json.loads(p.stdout.splitlines()[-1])
-        yield {name: (code, Path(j['say']+'.out').read_text(), Path(j['say']+'.err').read_text(), before[name], seen(Path(j['dir']))) for name, code, j in zip(FAULTS, codes, jobs)}
-    finally: shutil.rmtree(top, ignore_errors=True)
+def good(top):
+    "A scan, a curated folder, its embeddings, a run and boxes: nothing is wrong with them yet"
+    good = top/'good'
+    raw(good/'more', 'abcd', shape=(2,64,80))
+    raw(good/'raw', 'a', shape=(2,64,80))
+    folder = curate(good/'more/images', good/'more/labels', out=good/'npz', progress=False).folder
+    store = fill(folder, good/'s.zarr')
+    run = finetune(folder, store.path, good/'runs'/'run', device='cpu', epochs=1, epoch_samples=1)
+    for f in [good/'more', *run.path.glob('state-*'), run.path/'tensorboard']: shutil.rmtree(f)
+    (good/'boxes.csv').write_text('z,label,x0,y0,x1,y1\n0,9,20,16,48,44\n')
+    return good
+
+@pytest.fixture(scope='module')
+def terminal():
+    with Terminal() as t: yield t
+
+def copied(a, b):
+    "A large file is linked, so that a hundred folders cost no more than one"
+    return os.link(a, b) if os.path.getsize(a)>1e5 else shutil.copy2(a, b)
+
+def seen_of(f):
+    if f.is_symlink(): return os.readlink(f)
+    s = f.stat()
+    return f.read_bytes() if s.st_size<=1e5 else (s.st_ino, s.st_size, s.st_mtime_ns)
 
 def seen(d):
     "Every file with its bytes, a large one with its inode, size and time of change; links as what they point to"
-    def one(f):
-        if f.is_symlink(): return os.readlink(f)
-        s = f.stat()
-        return f.read_bytes() if s.st_size <= 1e5 else (s.st_ino, s.st_size, s.st_mtime_ns)
-    return {str(f.relative_to(d)): one(f) for f in sorted(d.rglob('*')) if f.is_symlink() or f.is_file()}
+    return {str(f.relative_to(d)): seen_of(f) for f in sorted(d.rglob('*')) if f.is_symlink() or f.is_file()}
 
-def test_there_are_enough(): assert len(FAULTS) >= 60
+def lines_of(err):
+    "What was said, without progress bars"
+    lines = err.replace('\r', '\n').splitlines()
+    return [o for o in lines if o.strip() and '%|' not in o and 'it/s' not in o]
+
+def test_there_are_enough(): assert len(FAULTS)>=60
 
 @pytest.mark.parametrize('name', FAULTS)
-def test_one_sentence_exit_2_nothing_touched(results, name):
-    import re
-    command, plant, words, job = FAULTS[name]; code, out, err, before, after = results[name]
-    lines = [o for o in err.replace('\r', '\n').splitlines() if o.strip() and '%|' not in o and 'it/s' not in o]
-    assert code == 2, (code, out, err)
-    last = lines[-1]; assert last.startswith(command.split()[0]+': ') and len(last) > 40 and 'Traceback' not in err and re.search(words, last), err
-    assert after == before, sorted(set(after)^set(before)) or 'changed'
+def test_one_sentence_exit_2_nothing_touched(terminal, good, top, name):
+    command, plant, words, job = FAULTS[name]
+    d = top/str(list(FAULTS).index(name))
+    shutil.copytree(good, d, copy_function=copied)
+    if plant: plant(d)
+    if job.get('nobody'): d.chmod(0o777)
+    before = seen(d)
+    said = terminal.run(d, *shlex.split(command), **job)
+    assert said.code==2, said
+    assert 'Traceback' not in said.err
+    last = lines_of(said.err)[-1]
+    assert last.startswith(command.split()[0]+': ') and len(last)>40
+    assert re.search(words, last), last
+    after = seen(d)
+    assert after==before, sorted(set(after)^set(before)) or 'changed'

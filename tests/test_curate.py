@@ -9,8 +9,8 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from medsam_nb import curate as cu
 from medsam_nb.core import InputError
-from medsam_nb.curate import (Recipe, code_labels, curate, curate_case, curate_label, find_npz, fit_shape, intensity_limits, medsam_curate,
-    normalize, read_npz, read_split, rescale, resize_image, resize_label, source_hash, split_cases, write_split)
+from medsam_nb.curate import code_labels, curate, curate_case, curate_label, find_npz, medsam_curate, read_npz, read_split, source_hash, split_cases, write_split
+from medsam_nb.view import Recipe, fit_shape, intensity_limits, normalize, rescale, resize_image, resize_label
 from medsam_nb.volume import Volume
 
 REPO = Path(__file__).resolve().parents[1]
@@ -192,8 +192,8 @@ def test_defect06_a_lost_or_contradicted_split_stops_the_run(tmp_path, harm):
     im,lb = folder(tmp_path/'raw', 'abcd')
     run(im, lb, tmp_path/'out')
     harm(tmp_path/'out'/'CT_Abd')
-    with pytest.raises(InputError, match='Restore split.csv'): run(im, lb, tmp_path/'out')
-    with pytest.raises(InputError, match='Restore split.csv'): run(im, lb, tmp_path/'out', overwrite=True)
+    with pytest.raises(InputError, match='restore split.csv'): run(im, lb, tmp_path/'out')
+    with pytest.raises(InputError, match='restore split.csv'): run(im, lb, tmp_path/'out', overwrite=True)
 
 @pytest.mark.skipif(not Path('/proc/self/fd').exists(), reason='needs /proc to count open files')
 def test_defect08_no_file_stays_open(tmp_path):
@@ -578,7 +578,7 @@ def test_command(tmp_path):
     p = console([im, lb, '--label_id', 'liver'], tmp_path, tmp_path/'medsam_curate')
     assert p.returncode==2 and p.stderr.startswith('medsam_curate: ') and 'Traceback' not in p.stderr
     p = console(['--help'], tmp_path, tmp_path/'medsam_curate')
-    assert p.returncode==0 and all(f'--{o}' in p.stdout for o in ('out','label_id','window','modality','anatomy','size','min_pixels','test_fraction','seed','patient','fit','workers'))
+    assert p.returncode==0 and all(f'--{o}' in p.stdout for o in ('out','label_ids','window','modality','anatomy','size','min_pixels','test_fraction','seed','patient','fit','workers'))
     assert medsam_curate(str(im), str(lb), str(tmp_path/'o'), window='percentile').recipe.window is None
 
 

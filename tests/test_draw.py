@@ -3,11 +3,12 @@ import json, threading, time
 import numpy as np, pytest
 from PIL import Image
 from medsam_nb.core import InputError
-from medsam_nb.curate import Recipe, curate
-from medsam_nb.draw import Annotator, DrawCase, Session, SliceEmbedder, annotate, guess_recipe, list_cases, model_image, stored_slices
+from medsam_nb.curate import curate
+from medsam_nb.draw import Annotator, DrawCase, Session, SliceEmbedder, annotate, guess_recipe, list_cases, stored_slices
 from medsam_nb.embed import embed
-from medsam_nb.predict import Predictor, check_prompt, predict_volume
-from medsam_nb.prompt import line_to_box
+from medsam_nb.predict import Predictor, predict_volume
+from medsam_nb.prompt import Box, Line, as_prompt, line_to_box
+from medsam_nb.view import Recipe, View
 from medsam_nb.volume import Volume, read_volume
 from tiny import dicom, disc, lite, python, quick, raw, save, scan
 
@@ -20,6 +21,7 @@ def session(model=None, **kw):
     return Session(DrawCase('a', vol, lab), {'pretrained': model or quick()}, recipe=Recipe())
 
 BOX = dict(kind='box', box=[20.,15.,50.,45.])
+DRAWN = Box((20.,15.,50.,45.))
 
 @pytest.fixture
 def s():
@@ -84,7 +86,6 @@ def test_bad_files_are_told_in_a_sentence(tmp_path):
     save(tmp_path/'a.nii.gz', scan()[0]); save(tmp_path/'l.nii.gz', scan(shape=(4,32,32), organs=((9,9,9,5),))[1])
     with pytest.raises(InputError, match='does not fit'): annotate(tmp_path/'a.nii.gz', tmp_path/'l.nii.gz', model=quick())
     with pytest.raises(InputError, match='no checkpoint'): annotate(tmp_path/'a.nii.gz', model='lite', checkpoint='never_run', device='cpu')
-    with pytest.raises(InputError, match='flip'): annotate(tmp_path/'a.nii.gz', model=quick(), recipe=Recipe(flip='ud'))
 
 def test_the_recipe_is_guessed_from_the_values():
     assert guess_recipe(volume()[0]).modality == 'MR'
@@ -104,13 +105,11 @@ def test_the_model_sees_what_it_saw_in_curation(tmp_path):
     from medsam_nb.curate import find_npz, read_npz
     res = curate(images, labels, out=tmp_path/'npz', label_ids=(9,), progress=False)
     curated, vol, recipe = read_npz(find_npz(res.folder)[0]), read_volume(images/'a_0000.nii.gz'), Recipe()
-    from medsam_nb.curate import intensity_limits
-    for i, z in enumerate(curated.z): assert np.array_equal(model_image(vol, z, recipe, intensity_limits(vol.array, recipe)), curated.imgs[i])
+    for i, z in enumerate(curated.z): assert np.array_equal(View(vol, recipe).image(z), curated.imgs[i])
 
 def test_embeddings_equal_the_predictors():
-    vol, _ = volume(); e = SliceEmbedder(lite(), vol, Recipe())
-    from medsam_nb.curate import rescale
-    assert np.allclose(e.get(2).numpy(), Predictor(lite()).set_image(rescale(vol.array[2], *e.limits)).embedding[0].numpy(), atol=1e-5)
+    vol, _ = volume(); e = SliceEmbedder(lite(), View(vol, Recipe()))
+    assert np.allclose(e.get(2).numpy(), Predictor(lite()).set_image(e.view.grey(2)).embedding[0].numpy(), atol=1e-5)
     e.close()
 
 def test_the_store_is_used_where_it_fits(tmp_path):
@@ -138,26 +137,26 @@ def test_the_stored_embedding_and_the_encoder_agree(tmp_path):
 
 def test_neighbours_come_in_the_background_and_old_slices_go():
     seen = []
-    e = SliceEmbedder(quick(), volume()[0], Recipe(), on_ready=lambda z, error: seen.append((z, error)), keep=3)
+    e = SliceEmbedder(quick(), View(volume()[0], Recipe()), on_ready=lambda z, error: seen.append((z, error)), keep=3)
     e.want(2); wait(lambda: len(seen) == 3)
     assert seen == [(2,None), (3,None), (1,None)] and e.ready(1)
     e.get(5); assert not e.ready(3) and e.ready(2) and e.ready(5) and len(e.cache) == 3
     e.close()
 
 def test_neighbours_wait_while_somebody_draws():
-    e = SliceEmbedder(quick(), volume()[0], Recipe())
+    e = SliceEmbedder(quick(), View(volume()[0], Recipe()))
     e.busy(); e.want(2); wait(lambda: e.ready(2))
     time.sleep(.25); assert not e.ready(3)
     wait(lambda: e.ready(3)); e.close()
 
 def test_a_cached_slice_does_not_wait_for_the_encoder():
-    e = SliceEmbedder(quick(), volume()[0], Recipe()); e.get(0)
+    e = SliceEmbedder(quick(), View(volume()[0], Recipe())); e.get(0)
     with e.encoding: assert e.get(0) is e.cache[0]
     e.close()
 
 def test_an_error_in_the_background_is_told():
     told = []
-    e = SliceEmbedder(quick(), volume()[0], Recipe(), stored=lambda z: 1/0, on_ready=lambda z, error: told.append(error))
+    e = SliceEmbedder(quick(), View(volume()[0], Recipe()), stored=lambda z: 1/0, on_ready=lambda z, error: told.append(error))
     e.want(1); wait(lambda: told)
     assert isinstance(told[0], ZeroDivisionError); e.close()
 
@@ -166,7 +165,7 @@ def test_an_error_in_the_background_is_told():
 @pytest.mark.parametrize('prompt', [None, 'box', {}, dict(kind='box'), dict(kind='box', box=[1,2,3]), dict(kind='box', box=[9,9,1,1]), dict(kind='box', box=[0,0,float('nan'),4]), dict(kind='line', line=[3,3,3,3]),
     dict(kind='points', points=[], labels=[]), dict(kind='points', points=[[1,999]], labels=[1]), dict(kind='points', points=[[1,2]], labels=[2]), dict(kind='points', points=[[1,2]]), dict(kind='points', points=[['a',2]], labels=[1])])
 def test_bad_prompts(prompt):
-    with pytest.raises((InputError, ValueError)): check_prompt(prompt, (64,80))
+    with pytest.raises((InputError, ValueError)): as_prompt(prompt, (64,80))
 
 def test_prompts_are_asked_as_they_are_drawn(s):
     p = Predictor(quick()).set_embedding(s.embedder('pretrained').get(1), s.grid)
@@ -189,7 +188,7 @@ def test_a_drag_is_one_step_back(s):
     s.set_prompt(9, 1, BOX)
     for x in range(5): s.set_prompt(9, 1, dict(kind='box', box=[20.+x,15.,50.,45.]), remember=False)
     s.set_prompt(9, 1, dict(kind='box', box=[25.,15.,50.,45.]))
-    assert s.undo() and s.prompts[9,1] == BOX and s.undo() and s.prompts == {} and s.redo() and s.redo() and s.prompts[9,1]['box'][0] == 25
+    assert s.undo() and s.prompts[9,1] == DRAWN and s.undo() and s.prompts == {} and s.redo() and s.redo() and s.prompts[9,1].box[0] == 25
 
 def test_objects(s):
     assert s.add_object('cyst') == 10 and s.add_object('', 300) == 300 and [o['name'] for o in s.objects] == ['label 9', 'cyst', 'object 300']
@@ -227,7 +226,7 @@ class Discs:
         self.s, self.boxes = s, {}
         def segment(decoder, object, z, prompt=None):
             from medsam_nb.draw import Answer
-            prompt = prompt or s.prompts[object,z]; self.boxes[z] = prompt['box']
+            prompt = prompt or s.prompts[object,z]; self.boxes[z] = list(prompt.box)
             return Answer(prompt, disc((64,80), 30, 34, radii[z]) if radii[z] else np.zeros((64,80), bool), .9)
         s.segment = segment
 
@@ -243,9 +242,9 @@ def test_each_box_comes_from_the_last_mask(s):
 
 def test_what_was_drawn_by_hand_is_never_overwritten(s):
     Discs(s, [9]*6); s.set_prompt(9, 2, BOX); s.set_prompt(9, 4, BOX)
-    assert list(s.carry('pretrained', 9, 2)) == [3,1,0] and s.prompts[9,4] == BOX
+    assert list(s.carry('pretrained', 9, 2)) == [3,1,0] and s.prompts[9,4] == DRAWN
     assert list(s.carry('pretrained', 9, 2)) == [3,1,0]                     # its own it may draw again
-    s.set_prompt(9, 3, BOX); assert list(s.carry('pretrained', 9, 2)) == [1,0] and s.prompts[9,3] == BOX
+    s.set_prompt(9, 3, BOX); assert list(s.carry('pretrained', 9, 2)) == [1,0] and s.prompts[9,3] == DRAWN
 
 def test_a_journey_that_is_broken_off_keeps_what_it_reached(s):
     Discs(s, [9]*6); s.set_prompt(9, 2, BOX)
@@ -398,7 +397,7 @@ def test_many_threads_at_once(app):
     for z in (1,4,2,5,0): app.canvas.z = z
     for t in threads: t.join()
     assert not errors and app.masks.shape == (6,64,80) and app.session.prompts is app.session.settled
-    app.refresh(); assert app.canvas.answer['prompts'] == {str(o): p for (o, z), p in app.session.prompts.items() if z == app.canvas.z}
+    app.refresh(); assert app.canvas.answer['prompts'] == {str(o): p.to_dict() for (o, z), p in app.session.prompts.items() if z == app.canvas.z}
 
 
 # ---- what went wrong once ----
@@ -433,7 +432,7 @@ def test_undo_while_the_worker_answers_does_not_kill_it(app):
     e.cache.clear(); e.want(0); wait(lambda: 0 in said); e.want(5); wait(lambda: 5 in said)
 
 def test_the_slice_on_screen_is_never_forgotten():
-    e = SliceEmbedder(quick(), volume()[0], Recipe(), keep=2); e.want(0); wait(lambda: e.ready(0) and e.ready(1))
+    e = SliceEmbedder(quick(), View(volume()[0], Recipe()), keep=2); e.want(0); wait(lambda: e.ready(0) and e.ready(1))
     for z in (2,3,4,5): e.get(z)
     assert e.ready(0) and e.ready(5) and len(e.cache) == 2; e.close()
 
@@ -448,7 +447,7 @@ def test_volumes_that_cannot_be_shown():
 
 def test_small_values_fill_the_window():
     from medsam_nb.draw import display_windows
-    v = Volume(np.random.default_rng(0).random((1,32,32)).astype(np.float32)*.003, (1,1,1)); lo, hi = next(iter(display_windows(v, Recipe(modality='MR')).values())); assert 0 <= lo < hi <= .003
+    v = Volume(np.random.default_rng(0).random((1,32,32)).astype(np.float32)*.003, (1,1,1)); lo, hi = next(iter(display_windows(View(v, Recipe(modality='MR'))).values())); assert 0 <= lo < hi <= .003
 
 def test_array_labels_with_files(tmp_path):
     img, lab = scan(); save(tmp_path/'i'/'a.nii.gz', img); a = annotate(tmp_path/'i'/'a.nii.gz', lab, model=quick()); assert 9 in a.session.known; a.close()
@@ -468,8 +467,7 @@ def test_names_without_labels():
     a = annotate(volume()[0], model=quick(), names={4:'gallbladder', 7:'cyst'}); assert [(o['id'], o['name']) for o in a.session.objects] == [(4,'gallbladder'), (7,'cyst')]; a.close()
 
 def test_a_diameter_is_measured_in_millimetres():
-    from medsam_nb.predict import ask
-    b = ask(dict(kind='line', line=[10.,20.,30.,20.]), (64,80), (5,1))['box']; flat = line_to_box([10,20,30,20], (64,80))
+    b = Line((10.,20.,30.,20.)).around((64,80), (5,1)); flat = line_to_box([10,20,30,20], (64,80))
     assert np.allclose(b[[0,2]], flat[[0,2]]) and np.isclose((b[3]-b[1])*5, flat[3]-flat[1])
 
 def test_a_mask_where_the_organ_is_not_scores_zero():
@@ -481,7 +479,7 @@ def test_a_journey_stops_when_its_slice_is_taken_away(s):
     Discs(s, [9]*6); s.set_prompt(9, 2, BOX)
     for k in s.carry('pretrained', 9, 2):
         if k == 3: s.undo()
-    assert s.prompts == {(9,2): BOX} or set(s.prompts) == {(9,2), (9,1), (9,0)}
+    assert s.prompts == {(9,2): DRAWN} or set(s.prompts) == {(9,2), (9,1), (9,0)}
 
 def test_a_window_by_hand_is_none_of_the_list(app):
     app.canvas.window = [1., 2.]; assert app.ui['window'].value is None
@@ -493,3 +491,9 @@ def test_closing_stops_the_threads():
 
 def test_a_path_may_start_at_the_project(home):
     raw(home/'data'/'x', ['a']); assert [c.name for c in list_cases('data/x')] == ['a']
+
+@pytest.mark.parametrize('flip', ['ud', 'lr', 'udlr'])
+def test_a_turned_recipe_gives_the_mask_of_predict_volume(flip):
+    vol, lab = volume(); recipe = Recipe(flip=flip); a = annotate(vol, lab, model=quick(), recipe=recipe)
+    a.set_prompt(9, 2, BOX); want = predict_volume(Predictor(quick()), vol, a.boxes, recipe, progress=False)
+    assert np.array_equal(a.masks, want) and want.any() and a.boxes.iloc[0].tolist() == [2, 9, *BOX['box']]; a.close()

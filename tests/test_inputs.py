@@ -7,8 +7,8 @@ from PIL import Image
 from pydicom.sr.codedict import codes
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 from tiny import disc, save, scan
-from medsam_nb.core import InputError
-from medsam_nb.curate import curate, medsam_curate, parse_pairs, read_names, read_npz, read_split
+from medsam_nb.core import InputError, parse_pairs
+from medsam_nb.curate import curate, medsam_curate, read_names, read_npz, read_split
 from medsam_nb.pre_CT import name_suffix, pre_CT
 from medsam_nb.pre_grey_rgb2D import pre_grey_rgb2D, read_pairs
 from medsam_nb.volume import check_pair, find_cases, label_names, read_volume, to_stored, write_mask

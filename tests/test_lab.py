@@ -67,11 +67,16 @@ def visit(browser, server, name, *cells, app='lab', **context):
     nb = Notebook(page, server, server.notebook(name, *cells), app); nb.run()
     return nb
 
-@pytest.fixture(scope='module', params=['lab', 'notebook'])
+# a group of tests for each application, so that two workers share them (tests/conftest.py)
+APPS = [
+    pytest.param('lab', marks=pytest.mark.xdist_group('JupyterLab')),
+    pytest.param('notebook', marks=pytest.mark.xdist_group('Notebook 7'))]
+
+@pytest.fixture(scope='module', params=APPS)
 def opened(browser, server, request):
     nb = visit(browser, server, f'one_{request.param}', 'from medsam_nb.draw import annotate', 'app = annotate()\napp', app=request.param); yield nb
     assert not nb.complaints, nb.complaints
-    nb.page.context.close()
+    nb.close()
 
 @pytest.fixture
 def cell(opened):
@@ -340,9 +345,9 @@ def test_touch(browser, server):
     assert np.abs(np.array(c.prompts['9']['box'])-GALL).max() < 1 and np.array_equal(c.mask(), c.kernel() == 9)
     m = c.screen(200, 200); before = c.prompts
     touch('touchStart', [m[0]-20,m[1]]); touch('touchStart', [m[0]-20,m[1]], [m[0]+20,m[1]]); touch('touchMove', [m[0]-50,m[1]], [m[0]+50,m[1]]); touch('touchEnd'); c.settle()
-    assert 2 < c.js("d => d.view.zoom") < 3 and c.prompts == before; nb.page.context.close()
+    assert 2 < c.js("d => d.view.zoom") < 3 and c.prompts == before; nb.close()
 
-@pytest.mark.parametrize('app', ['lab', 'notebook'])
+@pytest.mark.parametrize('app', APPS)
 def test_reload_and_restart(browser, server, app):
     "In JupyterLab and in Notebook 7: what was drawn survives a reload of the page; a restarted kernel is told, not suffered"
     nb = visit(browser, server, f'again_{app}', 'from medsam_nb.draw import annotate', 'app = annotate()\napp', app=app); c = Cell(nb)
@@ -350,14 +355,14 @@ def test_reload_and_restart(browser, server, app):
     nb.url = nb.url.replace('&reset', ''); nb.open(); c.page.wait_for_function("() => document.querySelector('.medsam-draw')?.medsam?.painter?.masks?.[0]?.length", timeout=60_000)
     assert c.prompts == prompts and np.array_equal(c.mask(), m)
     c.drag((82,88), (92,88)); c.settle(); assert np.array_equal(c.mask(), c.kernel() == 9) and c.prompts != prompts
-    nb.js("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }"); c.said('run its cell again'); nb.page.context.close()
+    nb.js("async () => { await window.jupyterapp.shell.currentWidget.sessionContext.session.kernel.restart() }"); c.said('run its cell again'); nb.close()
 
 def test_two_cells_on_one_page_do_not_meet(browser, server):
     nb = visit(browser, server, 'two', 'from medsam_nb.draw import annotate', 'a = annotate(height=300)\na', 'b = annotate(height=300)\nb')
     nb.page.wait_for_function("() => document.querySelectorAll('.medsam-draw').length === 2 && [...document.querySelectorAll('.medsam-draw')].every(e => e.medsam?.view?.image)", timeout=60_000)
     one, two = Cell(nb, 0), Cell(nb, 1); one.page.locator('.medsam-draw canvas').nth(0).scroll_into_view_if_needed(); one.box(GALL)
     two.page.locator('.medsam-draw canvas').nth(1).scroll_into_view_if_needed(); two.page.wait_for_timeout(300); two.box([60,60,110,120])
-    assert np.array_equal(one.mask(), one.kernel('a') == 9) and np.array_equal(two.mask(), two.kernel('b') == 9) and one.prompts != two.prompts; nb.page.context.close()
+    assert np.array_equal(one.mask(), one.kernel('a') == 9) and np.array_equal(two.mask(), two.kernel('b') == 9) and one.prompts != two.prompts; nb.close()
 
 def test_pretrained_against_fine_tuned(browser, server):
     make = '''import torch; from medsam_nb.draw import annotate; from medsam_nb.sam import load_model
@@ -367,7 +372,7 @@ torch.save({k: v*1.3 if 'output_hypernetworks' in k else v for k, v in s.items()
     def view(name): c.page.locator('.widget-toggle-button', has_text=name).first.click(); c.page.wait_for_function("n => document.querySelector('.medsam-draw').medsam.model.get('answer').panes.map(p => p.name).join() === n", arg={'both':'pretrained,fine-tuned'}.get(name, name)); c.settle()
     tuned = c.mask(); assert np.array_equal(tuned, c.kernel() == 9); view('pretrained'); plain = c.mask(); assert np.array_equal(plain, c.kernel() == 9)
     view('both'); assert np.array_equal(c.mask(pane=0), plain) and np.array_equal(c.mask(pane=1), tuned) and 'fine-tuned: ' in c.caption
-    c.drag((140,140), (190,190), pane=1); c.settle(); assert np.abs(np.array(c.prompts['9']['box'])-[140,140,190,190]).max() < 1; nb.page.context.close()
+    c.drag((140,140), (190,190), pane=1); c.settle(); assert np.abs(np.array(c.prompts['9']['box'])-[140,140,190,190]).max() < 1; nb.close()
 
 def luminance(c): return np.dot([.2126,.7152,.0722], [v/12.92 if v <= .03928 else ((v+.055)/1.055)**2.4 for v in np.array(c)/255])
 
@@ -395,12 +400,12 @@ def test_the_gallbladder_of_a_real_scan(browser, server, real_data):
     z, box = nb.ask("(lambda z, m: [z, [float(v) for v in m]])(app.canvas.z, __import__('medsam_nb.prompt').prompt.mask_to_box(app.session.label.array[app.canvas.z] == 9))")
     c.box([box[0]-1.5, box[1]-1, box[2]+1, box[3]+1.5]); d = nb.ask(f"app.session.segment('pretrained', 9, {z}).dsc")
     print(f'\nabdomen_ct, gallbladder, slice {z}, box drawn by mouse 1 to 1.5 px outside the organ, lite: DSC {d:.3f}')
-    assert d >= .85 and np.array_equal(c.mask(), c.kernel() == 9); nb.page.context.close()
+    assert d >= .85 and np.array_equal(c.mask(), c.kernel() == 9); nb.close()
 
 def test_wrong_input_is_a_sentence_in_the_cell(browser, server):
     nb = Notebook(browser.new_context().new_page(), server, server.notebook('wrong', 'from medsam_nb.draw import annotate\nannotate("nowhere")'))
     nb.js("async () => { await window.jupyterapp.commands.execute('notebook:run-all-cells') }"); out = nb.page.locator('.jp-OutputArea-output'); out.first.wait_for(timeout=60_000)
-    t = out.first.inner_text(); assert t.startswith('There is nothing at nowhere') and 'Traceback' not in t and len(t.splitlines()) == 1; nb.page.context.close()
+    t = out.first.inner_text(); assert t.startswith('There is nothing at nowhere') and 'Traceback' not in t and len(t.splitlines()) == 1; nb.close()
 
 
 # ---- make lab ----

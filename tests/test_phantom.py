@@ -1,4 +1,4 @@
-"What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is stopped, shared or in the way."
+"What would break the flow of chapter 04: many people measured, the same bytes everywhere, and a folder that is stopped, shared or in the way"
 import hashlib, json, os, signal, subprocess, sys, time
 from itertools import combinations
 from pathlib import Path
@@ -6,8 +6,8 @@ import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from scipy.ndimage import binary_erosion, distance_transform_edt
 from medsam_nb import phantom
-from medsam_nb.core import InputError, sha256_array
-from medsam_nb.phantom import ORGANS, make_phantom, medsam_phantom, write_phantoms
+from medsam_nb.core import InputError, ORGANS, sha256_array
+from medsam_nb.phantom import make_phantom, medsam_phantom, write_phantoms
 from medsam_nb.volume import check_pair, find_cases, read_volume
 
 IDS = {n: i for i, n in ORGANS.items()}
@@ -310,7 +310,6 @@ def test_memory_of_a_full_case():
     "A 40 x 512 x 512 case needs about 0.8 GB, libraries included; VmHWM, because ru_maxrss counts the parent's memory too"
     code = '''
 import re
-from medsam_nb.phantom import make_phantom
 make_phantom(1, (40,512,512))
 print(re.search('VmHWM:.*?([0-9]+)', open('/proc/self/status').read())[1])'''
     out = subprocess.run([sys.executable, '-c', code], env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, check=True).stdout

@@ -3,8 +3,8 @@ import numpy as np, pytest, torch
 from hypothesis import assume, given, settings, strategies as st
 from scipy.spatial.distance import pdist
 from medsam_nb.core import InputError
-from medsam_nb.prompt import (Grid, check_box, instances, line_to_box, longest_diameter, mask_to_box, next_click, perturb_box,
-                              sample_points, short_diameter, slack_box)
+from medsam_nb.prompt import check_box, instances, line_to_box, longest_diameter, mask_to_box, next_click, perturb_box, sample_points, short_diameter, slack_box
+from medsam_nb.view import Grid
 
 sides = st.integers(1, 700)
 grids = st.builds(lambda h,w,size,fit: Grid((h,w), size, fit), sides, sides, st.sampled_from([64,256,1024]), st.sampled_from(['pad','squash']))
@@ -79,7 +79,7 @@ def test_mask_from_grid_keeps_leading_axes_and_ignores_padding():
 @given(st.integers(20,600), st.integers(20,600), st.sampled_from(['pad','squash']), st.booleans(), seeds)
 @settings(max_examples=150, deadline=None)
 def test_box_and_curated_label_agree(H, W, fit, ellipse, seed):
-    from medsam_nb.curate import resize_label
+    from medsam_nb.view import resize_label
     rng, g = np.random.default_rng(seed), Grid((H,W), 256, fit)
     x0,y0 = rng.integers(0, W-10), rng.integers(0, H-10)
     x1,y1 = rng.integers(x0+10, W+1), rng.integers(y0+10, H+1)

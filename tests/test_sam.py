@@ -370,8 +370,8 @@ def test_gradients_are_equal(embedding, monkeypatch):
 def test_points_and_mask_prompts(embedding):
     xy = torch.as_tensor(Grid((256,256)).to_model(np.array([[[140.,120.]]]), 256)).float()
     with torch.inference_mode():
-        logits,_ = decode(lite(), embedding, points=xy, labels=torch.ones(1,1), multimask=True)
-        again,_ = decode(lite(), embedding, points=xy, labels=torch.ones(1,1), masks=logits[:,:1])
+        logits,_ = decode(lite(), embedding, points=xy, point_labels=torch.ones(1,1), multimask=True)
+        again,_ = decode(lite(), embedding, points=xy, point_labels=torch.ones(1,1), masks=logits[:,:1])
     assert logits.shape==(1,3,256,256) and again.shape==(1,1,256,256)
 
 def test_as_many_boxes_as_embeddings(embedding):

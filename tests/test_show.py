@@ -1,4 +1,4 @@
-"What would break the flow of chapter 01: the half pixel, colours for everyone, and refusals."
+"What would break the flow of chapter 01: the half pixel, colours for everyone, and refusals"
 import matplotlib
 matplotlib.use('Agg')
 import numpy as np, pytest, torch

@@ -19,7 +19,7 @@ def lite():
 def disc(shape, row, col, radius):
     "Boolean disc, centre in continuous coordinates"
     y,x = np.mgrid[:shape[0],:shape[1]]+.5
-    return (y-row)**2+(x-col)**2 < radius**2
+    return (y-row)**2+(x-col)**2<radius**2
 
 def scan(seed=0, shape=(4,64,80), organs=((9,30,34,12),), zs=None):
     "A noisy CT with a brighter disc for each organ (label, row, column, radius) on slices `zs` (default all)"
@@ -34,16 +34,19 @@ def save(path, array, spacing=SPACING, origin=(0,0,0), direction=None):
     "Write an array as an image file, spacing in x,y,z"
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     im = sitk.GetImageFromArray(array)
-    im.SetSpacing(spacing[:im.GetDimension()]); im.SetOrigin(origin[:im.GetDimension()])
+    im.SetSpacing(spacing[:im.GetDimension()])
+    im.SetOrigin(origin[:im.GetDimension()])
     if direction is not None: im.SetDirection(direction)
     sitk.WriteImage(im, str(path))
 
 def dicom(path, array, **tags):
-    "Write a slice (H,W) as DICOM; tags like g0008_0060='CT'. SimpleITK leaves the process in the C locale after that, so the locale is put back"
+    "Write a slice (H,W) as DICOM; tags like g0008_0060='CT'. SimpleITK leaves the C locale behind: it is put back"
     was = locale.setlocale(locale.LC_ALL)
     im, w = sitk.GetImageFromArray(array), sitk.ImageFileWriter()
     for k, v in tags.items(): im.SetMetaData(k[1:].replace('_', '|'), v)
-    w.KeepOriginalImageUIDOn(); w.SetFileName(str(path)); w.Execute(im)
+    w.KeepOriginalImageUIDOn()
+    w.SetFileName(str(path))
+    w.Execute(im)
     locale.setlocale(locale.LC_ALL, was)
 
 def raw(root, names, **kw):
@@ -61,7 +64,8 @@ def hospital(root, names, label_ids=(9,), scans={}, **kw):
 def fill(npz, path, seed=0, model=None, dtype='float16', **over):
     "A store with random embeddings for all cases of a curated folder"
     model = model or lite()
-    store = EmbeddingStore.create(path, **(dict(model=model.name, encoder_sha256=model.encoder_sha256, dtype=dtype) | over))
+    store = EmbeddingStore.create(path, **(dict(model=model.name, encoder_sha256=model.encoder_sha256,
+                                                dtype=dtype) | over))
     rng = np.random.default_rng(seed)
     for f in find_npz(npz):
         case = read_npz(f)
@@ -75,9 +79,11 @@ def same_state(a, b): return a.keys()==b.keys() and all(torch.equal(a[k], b[k]) 
 
 def python(code, *args, limits='', threads=2, wait=True, **kw):
     "Run code in another process, with the warnings of other people's packages off"
-    env = dict(os.environ, PYTHONWARNINGS='ignore', PYTHONPATH=str(Path(__file__).parent), OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
+    env = dict(os.environ, PYTHONWARNINGS='ignore', PYTHONPATH=str(Path(__file__).parent),
+               OMP_NUM_THREADS=str(threads), MKL_NUM_THREADS=str(threads))
     cmd = [sys.executable, '-c', code, *map(str, args)]
-    kw = dict(cwd=Path(__file__).resolve().parents[1], env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)|kw
+    kw = dict(cwd=Path(__file__).resolve().parents[1], env=env, text=True, stdout=subprocess.PIPE,
+              stderr=subprocess.PIPE)|kw
     if not wait: return subprocess.Popen(cmd, **kw)
     p = subprocess.run(cmd, **kw)
     assert p.returncode==0, p.stdout+p.stderr
@@ -96,7 +102,8 @@ def quick(img_size=256, seed=0):
     from medsam_nb.sam import build_model, encoder_sha256
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        sam = build_model('lite'); sam.image_encoder = _Stem(img_size)
+        sam = build_model('lite')
+        sam.image_encoder = _Stem(img_size)
     sam.encoder_sha256 = encoder_sha256(sam)
     return sam.eval()
 

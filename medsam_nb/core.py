@@ -65,14 +65,18 @@ def pick_device(
 ):
     "The `torch.device` asked for, or the best of cuda, mps, cpu; `InputError` when it is not there"
     import torch
-    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    have = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(),
+                cpu=True)
     names = [k for k,v in have.items() if v]
     if device is None: return torch.device(names[0])
     try: d = torch.device(device)
-    except (RuntimeError, TypeError): raise InputError(f'device {device!r} is not a device name: use one of {names}, or None for the best of them') from None
+    except (RuntimeError, TypeError):
+        raise InputError(f'device {device!r} is not a device name: use one of {names}, or '
+                         f'None for the best of them') from None
     n = torch.cuda.device_count() if d.type=='cuda' else 1
     if not have.get(d.type) or (d.index or 0)>=n:
-        raise InputError(f'device {str(d)!r} is not available on this machine: use one of {names}, or None for the best of them')
+        raise InputError(f'device {str(d)!r} is not available on this machine: use one of '
+                         f'{names}, or None for the best of them')
     return d
 
 # %% ../nbs/00_core.ipynb #f7ff855c
@@ -80,7 +84,8 @@ def seed_everything(
     seed:int, # 0 .. 2**32-1, the range that numpy takes
 ):
     "Seed the global generators of Python, numpy and torch"
-    if not 0<=seed<2**32: raise InputError(f'seed is {seed}: give a whole number from 0 to {2**32-1}')
+    if not 0<=seed<2**32:
+        raise InputError(f'seed is {seed}: give a whole number from 0 to {2**32-1}')
     import torch
     random.seed(seed)
     np.random.seed(seed)
@@ -89,19 +94,26 @@ def seed_everything(
 # %% ../nbs/00_core.ipynb #65561ec9
 def _refuse_existing(path:Path):
     "Raise `InputError` when something is at `path`"
-    if os.path.lexists(path): raise InputError(f'{_short(path)} exists already: ask for overwrite, move it away, or choose another name')
+    if os.path.lexists(path):
+        raise InputError(f'{_short(path)} exists already: ask for overwrite, move it '
+                         f'away, or choose another name')
 
+# %% ../nbs/00_core.ipynb #829584bf
 def _move_into_place(
     tmp:Path, # finished file or folder
     path:Path, # its final name
 ):
     "Rename `tmp` onto `path`; an old folder steps aside first, and comes back if the rename fails"
     if not path.is_dir() or path.is_symlink(): return os.replace(tmp, path)
-    if not tmp.is_dir(): raise InputError(f'{_short(path)} is a folder and a file was to be written there: choose another name')
+    if not tmp.is_dir():
+        raise InputError(f'{_short(path)} is a folder and a file was to be written there: '
+                         f'choose another name')
     old = tmp.with_name('replaced by '+path.name)
     os.rename(path, old)
     try: os.rename(tmp, path)
-    except BaseException: os.rename(old, path); raise
+    except BaseException:
+        os.rename(old, path)
+        raise
 
 # %% ../nbs/00_core.ipynb #dfed0a29
 @contextmanager
@@ -117,7 +129,8 @@ def atomic_path(
     tmp = box/path.name
     try:
         yield tmp
-        if not tmp.exists(): raise FileNotFoundError(f'nothing was written for {_short(path)}')
+        if not tmp.exists():
+            raise FileNotFoundError(f'nothing was written for {_short(path)}')
         if not overwrite: _refuse_existing(path)
         _move_into_place(tmp, path)
     finally: shutil.rmtree(box, ignore_errors=True)
@@ -128,7 +141,9 @@ def read_json(
 ): # dict or list
     "What a JSON file holds; `InputError` if it is damaged"
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
-    except ValueError as e: raise InputError(f'{_short(path)} is damaged ({e}): restore it from a copy, or delete it and run again what made it') from None
+    except ValueError as e:
+        raise InputError(f'{_short(path)} is damaged ({e}): restore it from a copy, or '
+                         f'delete it and run again what made it') from None
 
 # %% ../nbs/00_core.ipynb #5a6f64ff
 def sha256_file(
@@ -140,12 +155,15 @@ def sha256_file(
         while b:=f.read(1<<20): h.update(b)
     return h.hexdigest()
 
+# %% ../nbs/00_core.ipynb #b6d16314
 def sha256_array(
     arr, # array, or what `np.asarray` takes; numbers or fixed-length strings
 )->str: # 64 hex digits
     "sha256 of an array's dtype, shape and values in C order"
     a = np.asarray(arr)
-    if a.dtype.hasobject: raise InputError(f'an array of dtype {a.dtype} has no stable bytes to hash: convert it to numbers or fixed-length strings')
+    if a.dtype.hasobject:
+        raise InputError(f'an array of dtype {a.dtype} has no stable bytes to hash: '
+                         f'convert it to numbers or fixed-length strings')
     a = a.astype(a.dtype.newbyteorder('<'), order='C', copy=False)
     return hashlib.sha256(f'{a.dtype.str} {a.shape}'.encode() + a.tobytes()).hexdigest()
 
@@ -155,13 +173,16 @@ def _is_console(
     frame, # the frame that calls it
 )->bool:
     "Is the caller the console script that has `func`'s name?"
-    return frame.f_globals.get('__name__')=='__main__' and Path(sys.argv[0] or '-').stem.removesuffix('-script')==func.__name__
+    return frame.f_globals.get('__name__')=='__main__' and Path(sys.argv[0]
+                                                                or '-').stem.removesuffix('-script')==func.__name__
 
 def _sentence(e:Exception)->str:
     "One line for an error of the user's or of the disk's making"
-    if isinstance(e, OSError) and e.strerror: e = f"{_short(e.filename) if e.filename else 'the disk'}: {e.strerror}. Look at free space and permissions, then run the same command again."
+    if isinstance(e, OSError) and e.strerror:
+        e = f"{_short(e.filename) if e.filename else 'the disk'}: {e.strerror}. Look at free space and permissions, then run the same command again."
     return ' '.join(str(e).split())
 
+# %% ../nbs/00_core.ipynb #5ea9dfed
 def run_command(
     name:str, # of the command
     job, # what it does, called without arguments
@@ -193,7 +214,8 @@ def parse_numbers(
     if not isinstance(text, str): return text
     try: return tuple(float(o) for o in text.split(','))
     except ValueError:
-        raise InputError(f'{what} {text!r} cannot be read: give numbers separated by commas, for example 0,20') from None
+        raise InputError(f'{what} {text!r} cannot be read: give numbers separated by '
+                         f'commas, for example 0,20') from None
 
 # %% ../nbs/00_core.ipynb #abf91672
 def parse_pairs(
@@ -206,10 +228,13 @@ def parse_pairs(
     pairs = [(k.strip(), v.strip()) for k,_,v in pairs]
     if not all(k and v.isdigit() for k,v in pairs):
         such = '#ff0000=1,#00ff00=2' if what=='colors' else 'liver=1,spleen=2'
-        raise InputError(f"{what} {text!r} cannot be read: give pairs separated by commas, for example --{what} '{such}'")
-    if len(dict(pairs))<len(pairs): raise InputError(f'{what} {text!r} gives two ids to one: keep one of them')
+        raise InputError(f'{what} {text!r} cannot be read: give pairs separated by '
+                         f"commas, for example --{what} '{such}'")
+    if len(dict(pairs))<len(pairs):
+        raise InputError(f'{what} {text!r} gives two ids to one: keep one of them')
     return {k:int(v) for k,v in pairs}
 
+# %% ../nbs/00_core.ipynb #389b42d9
 def parse_window(
     text, # the name of a window, 'percentile', or two numbers such as '-100,300'; a pair stays as it is
 ): # a name, None for percentiles, or (low, high)
@@ -218,7 +243,8 @@ def parse_window(
     if not isinstance(text, str) or ',' not in text: return text
     try: return parse_numbers(text)
     except InputError:
-        raise InputError(f'window {text!r} cannot be read: give two numbers, for example --window=-100,300') from None
+        raise InputError(f'window {text!r} cannot be read: give two numbers, for example '
+                         f'--window=-100,300') from None
 
 # %% ../nbs/00_core.ipynb #051312d4
 def delegates(
@@ -242,8 +268,11 @@ def renamed(
         def _f(*args, **kwargs):
             for was,name in old.items():
                 if was not in kwargs: continue
-                if name in kwargs: raise TypeError(f'{f.__name__}: {was} is the old name of {name}: give one of them')
-                warnings.warn(f'{f.__name__}: {was} is called {name} now; the old name works in this version only',
+                if name in kwargs:
+                    raise TypeError(f'{f.__name__}: {was} is the old name of {name}: give '
+                                    f'one of them')
+                warnings.warn(f'{f.__name__}: {was} is called {name} now; the old name '
+                              f'works in this version only',
                               FutureWarning, stacklevel=2)
                 kwargs[name] = kwargs.pop(was)
             return f(*args, **kwargs)
@@ -253,7 +282,9 @@ def renamed(
 
 # %% ../nbs/00_core.ipynb #01593a3d
 READERS = dict(label_ids=parse_ids, window=parse_window, ids=parse_pairs,
-               slacks=partial(parse_numbers, what='slacks'), colors=partial(parse_pairs, what='colors')) # parameter -> reader of its words
+               # parameter -> reader of its words
+               slacks=partial(parse_numbers, what='slacks'),
+               colors=partial(parse_pairs, what='colors'))
 
 class _Help(argparse.HelpFormatter):
     "Help as it is written: a per cent sign is one"
@@ -270,13 +301,16 @@ def command_parser(
     func, # function with docments
 )->argparse.ArgumentParser:
     "The options of a function, those that it delegates to included"
-    parser = argparse.ArgumentParser(prog=func.__name__, description=func.__doc__, formatter_class=_Help)
+    parser = argparse.ArgumentParser(prog=func.__name__, description=func.__doc__,
+                                     formatter_class=_Help)
     for name,about in docments(func, full=True, returns=False).items():
         option,default = _option(about),about.default
-        option.set_default(','.join(map(str, default)) if isinstance(default, tuple) else default)
+        option.set_default(','.join(map(str, default)) if isinstance(default, tuple)
+                           else default)
         if option.negated: parser.add_argument(f'--no-{name}', dest=name, **option.kwargs)
         else: parser.add_argument(option.pre+name, **option.kwargs)
-    for was in getattr(func, 'renamed', {}): parser.add_argument(f'--{was}', help=argparse.SUPPRESS)
+    for was in getattr(func, 'renamed', {}):
+        parser.add_argument(f'--{was}', help=argparse.SUPPRESS)
     return parser
 
 # %% ../nbs/00_core.ipynb #3e50790a
@@ -286,7 +320,8 @@ def _given(func)->dict:
     for was,name in getattr(func, 'renamed', {}).items():
         value = options.pop(was)
         if value is None: continue
-        print(f'{func.__name__}: --{was} is called --{name} now; the old name works in this version only', file=sys.stderr)
+        print(f'{func.__name__}: --{was} is called --{name} now; the old name works in '
+              f'this version only', file=sys.stderr)
         options[name] = value
     return options
 
@@ -298,6 +333,7 @@ def _read_words(func, kwargs:dict)->dict:
         if reader: out[k] = reader(v)
     return out
 
+# %% ../nbs/00_core.ipynb #4ab3053d
 def command(
     func, # function with docments; from a console its return value is dropped, but for an `exit_code` it may have
 ):
@@ -330,20 +366,30 @@ class Download:
 # %% ../nbs/00_core.ipynb #c222409b
 def _sam(name, file, size, sha256):
     "Registry entry for one of Meta's checkpoints"
-    return Download(name, f'https://dl.fbaipublicfiles.com/segment_anything/{file}', f'work_dir/SAM/{file}', size, f'sha256:{sha256}',
+    return Download(name, f'https://dl.fbaipublicfiles.com/segment_anything/{file}',
+                    f'work_dir/SAM/{file}', size, f'sha256:{sha256}',
                     'Apache 2.0 (segment-anything repository)')
 
 REGISTRY = {d.name:d for d in (
-    _sam('sam_vit_b', 'sam_vit_b_01ec64.pth', 375042383, 'ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912'),
-    _sam('sam_vit_l', 'sam_vit_l_0b3195.pth', 1249524607, '3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622'),
-    _sam('sam_vit_h', 'sam_vit_h_4b8939.pth', 2564550879, 'a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e'),
-    Download('medsam_vit_b', 'https://zenodo.org/records/10689643/files/medsam_vit_b.pth', 'work_dir/SAM/medsam_vit_b.pth', None,
-             'md5:3bb6db55bd0c9ca30b61248bca72f8d6', 'Apache 2.0 (MedSAM repository); the Zenodo record states its own terms, read them there'))}
+    _sam('sam_vit_b', 'sam_vit_b_01ec64.pth', 375042383,
+         'ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912'),
+    _sam('sam_vit_l', 'sam_vit_l_0b3195.pth', 1249524607,
+         '3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622'),
+    _sam('sam_vit_h', 'sam_vit_h_4b8939.pth', 2564550879,
+         'a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e'),
+    Download('medsam_vit_b', 'https://zenodo.org/records/10689643/files/medsam_vit_b.pth',
+             'work_dir/SAM/medsam_vit_b.pth', None,
+             'md5:3bb6db55bd0c9ca30b61248bca72f8d6',
+             'Apache 2.0 (MedSAM repository); the Zenodo record states its own terms, '
+             'read them there'))}
 
 # %% ../nbs/00_core.ipynb #5eef9fad
-REGISTRY['flare22'] = Download('flare22', 'https://zenodo.org/records/7860267/files/FLARE22Train.zip', 'data/FLARE22Train.zip', None,
+REGISTRY['flare22'] = Download('flare22',
+                               'https://zenodo.org/records/7860267/files/FLARE22Train.zip',
+                               'data/FLARE22Train.zip', None,
     'sha256:d57e201dc9002bd4a6fc1f5e0d4525285f46bcc5be1a3c8f12543151e6675154',
-    'the published statements conflict: (1) CC BY 4.0; (2) CC BY-NC-SA 4.0; (3) for research only. The strictest is the safe one; redistribute nothing',
+    'the published statements conflict: (1) CC BY 4.0; (2) CC BY-NC-SA 4.0; (3) for '
+    'research only. The strictest is the safe one; redistribute nothing',
     unzip_to='data/FLARE22Train')
 
 # %% ../nbs/00_core.ipynb #90fb952e
@@ -358,7 +404,9 @@ def _ask(
     "GET `url` from byte `have` on; a server that cannot do that gives the whole file"
     headers = {'Accept-Encoding':'identity', **({'Range':f'bytes={have}-'} if have else {})}
     r = requests.get(url, headers=headers, stream=True, timeout=30)
-    if have and r.status_code==206 and r.headers.get('Content-Range', '').startswith(f'bytes {have}-'): return r, have
+    if have and r.status_code==206 and r.headers.get('Content-Range',
+                                                     '').startswith(f'bytes {have}-'):
+        return r, have
     if have and r.status_code in (206, 416):
         r.close()
         return _ask(url, 0)
@@ -373,7 +421,10 @@ def _check_space(
 ):
     "Raise `InputError` when `need` bytes do not fit on the disk of `folder`"
     free = shutil.disk_usage(folder).free
-    if need>free: raise InputError(f'{what} needs {need/1e9:,.1f} GB and the disk of {_short(folder)} has {free/1e9:,.1f} GB free: make room, or set MEDSAM_NB_HOME to a folder on another disk')
+    if need>free:
+        raise InputError(f'{what} needs {need/1e9:,.1f} GB and the disk of '
+                         f'{_short(folder)} has {free/1e9:,.1f} GB free: make room, or '
+                         f'set MEDSAM_NB_HOME to a folder on another disk')
 
 # %% ../nbs/00_core.ipynb #fd37925b
 def _fill(
@@ -389,10 +440,16 @@ def _fill(
     r,got = _ask(url, have if size is None or have<size else 0)
     with r:
         total = got+int(r.headers['Content-Length']) if 'Content-Length' in r.headers else None
-        if size and total and size!=total: raise InputError(f'{what}: {size:,} bytes expected, the server offers {total:,}: this is another file, so nothing was taken; check the address {url}')
+        if size and total and size!=total:
+            raise InputError(f'{what}: {size:,} bytes expected, the server offers '
+                             f'{total:,}: this is another file, so nothing was taken; '
+                             f'check the address {url}')
         total, broken = size or total, ''
         _check_space(part.parent, (total or 0)-got, what)
-        with open(part, 'ab' if got else 'wb') as f, tqdm(total=total, initial=got, unit='B', unit_scale=True, desc=what, disable=not progress) as bar:
+        with open(part, 'ab' if got else 'wb') as f, tqdm(total=total, initial=got,
+                                                          unit='B', unit_scale=True,
+                                                          desc=what,
+                                                          disable=not progress) as bar:
             try:
                 for b in r.iter_content(1<<14):
                     got += f.write(b)
@@ -400,7 +457,9 @@ def _fill(
                     if total and got>total: break
             except requests.RequestException as e: broken = f' ({type(e).__name__})'
     if broken or (total and got<total):
-        raise InputError(f'{what}: {f"{total:,} bytes" if total else "more"} expected, {got:,} arrived before the connection ended{broken}: call again, it goes on from there')
+        raise InputError(f'{what}: {f"{total:,} bytes" if total else "more"} expected, '
+                         f'{got:,} arrived before the connection ended{broken}: call '
+                         f'again, it goes on from there')
 
 # %% ../nbs/00_core.ipynb #87823d4f
 def _download(
@@ -420,9 +479,11 @@ def _download(
     except InputError: raise
     except requests.RequestException as e:
         why = f'answered {e.response.status_code}' if e.response is not None else f'could not be reached ({type(e).__name__})'
-        raise InputError(f'{d.name}: {url} {why}: check the address and the network, or bring the file to {_short(d.path)} yourself') from None
+        raise InputError(f'{d.name}: {url} {why}: check the address and the network, or '
+                         f'bring the file to {_short(d.path)} yourself') from None
     except ValueError as e: # pooch's hash error
-        raise InputError(f'{d.name}: {str(e).split(". ")[0]}; it was deleted: call again, and if that does not help the file at {url} has changed') from None
+        raise InputError(f'{d.name}: {str(e).split(". ")[0]}; it was deleted: call again, '
+                         f'and if that does not help the file at {url} has changed') from None
     finally: log.setLevel(level)
 
 # %% ../nbs/00_core.ipynb #8d4a63a7
@@ -432,11 +493,14 @@ def _is_here(
 )->bool:
     "Is the right file at its place? A wrong one raises `InputError` unless `overwrite`"
     if not os.path.lexists(d.path): return False
-    if not d.path.is_file(): raise InputError(f'{d.name}: {_short(d.path)} is not a file: move it away')
+    if not d.path.is_file():
+        raise InputError(f'{d.name}: {_short(d.path)} is not a file: move it away')
     alg,want = d.hash.split(':')
     got = pooch.file_hash(str(d.path), alg=alg)
     if got!=want and not overwrite:
-        raise InputError(f'{d.name}: {_short(d.path)} is there with {alg} {got} where {want} is expected: move it away, or ask for overwrite to download it again')
+        raise InputError(f'{d.name}: {_short(d.path)} is there with {alg} {got} where '
+                         f'{want} is expected: move it away, or ask for overwrite to '
+                         f'download it again')
     return got==want
 
 # %% ../nbs/00_core.ipynb #0f4cd881
@@ -449,11 +513,19 @@ def _members(
     for i in zf.infolist():
         name = i.filename.replace('\\', '/')
         p, kind = PurePosixPath(name), stat.S_IFMT(i.external_attr>>16)
-        if p.is_absolute() or '..' in p.parts or re.match('[A-Za-z]:', name) or kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise InputError(f'{Path(zf.filename).name} holds {i.filename!r}, which is a link or leads out of its folder: do not trust this archive, nothing was unpacked')
-        if not name.endswith('/') and p.name!='.DS_Store' and p.parts[0]!='__MACOSX': out.append((p, i))
-    while out and all(len(p.parts)>1 and p.parts[0]==top for p,_ in out): out = [(p.relative_to(top), i) for p,i in out]
-    if not out: raise InputError(f'{Path(zf.filename).name} holds no files: it is not the archive that was wanted')
+        if p.is_absolute() or '..' in p.parts or re.match('[A-Za-z]:',
+                                                          name) or kind not in (0,
+                                                              stat.S_IFREG, stat.S_IFDIR):
+            raise InputError(f'{Path(zf.filename).name} holds {i.filename!r}, which is a '
+                             'link or leads out of its folder: do not trust this '
+                             f'archive, nothing was unpacked')
+        if not name.endswith('/') and p.name!='.DS_Store' and p.parts[0]!='__MACOSX':
+            out.append((p, i))
+    while out and all(len(p.parts)>1 and p.parts[0]==top for p,_ in out):
+        out = [(p.relative_to(top), i) for p,i in out]
+    if not out:
+        raise InputError(f'{Path(zf.filename).name} holds no files: it is not the archive '
+                         f'that was wanted')
     return dict(out)
 
 # %% ../nbs/00_core.ipynb #5800acd0
@@ -467,14 +539,19 @@ def _unzip(
     try:
         with zipfile.ZipFile(file) as zf:
             files = _members(zf, folder.name)
-            _check_space(folder.parent, sum(i.file_size for i in files.values()), f'unpacking {file.name}')
-            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()): folder.rmdir()
+            _check_space(folder.parent, sum(i.file_size for i in files.values()),
+                         f'unpacking {file.name}')
+            if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+                folder.rmdir()
             with atomic_path(folder, overwrite) as tmp:
-                for p,i in tqdm(files.items(), desc=f'unpacking {file.name}', disable=not progress):
+                for p,i in tqdm(files.items(), desc=f'unpacking {file.name}',
+                                disable=not progress):
                     (tmp/p).parent.mkdir(parents=True, exist_ok=True)
-                    with zf.open(i) as src, open(tmp/p, 'wb') as dst: shutil.copyfileobj(src, dst)
+                    with zf.open(i) as src, open(tmp/p, 'wb') as dst:
+                        shutil.copyfileobj(src, dst)
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
-        raise InputError(f'{_short(file)} cannot be unpacked ({e}): it is damaged or locked; move it away and fetch it again') from None
+        raise InputError(f'{_short(file)} cannot be unpacked ({e}): it is damaged or '
+                         f'locked; move it away and fetch it again') from None
     return folder
 
 # %% ../nbs/00_core.ipynb #9a24c863
@@ -485,12 +562,15 @@ def fetch(
     progress:bool=True, # show progress bars?
 )->Path: # the file, or the folder it was unpacked into
     "Bring a file to its place and return where it is: used if it is there and right, else downloaded, resumed or refused, never half written"
-    if not isinstance(name, Download) and name not in REGISTRY: raise InputError(f'{name!r} is not known: choose one of {list(REGISTRY)}, or pass a Download')
+    if not isinstance(name, Download) and name not in REGISTRY:
+        raise InputError(f'{name!r} is not known: choose one of {list(REGISTRY)}, or pass '
+                         f'a Download')
     d = name if isinstance(name, Download) else REGISTRY[name]
     folder = home()/d.unzip_to if d.unzip_to else None
     if folder and not overwrite and folder.is_dir() and any(folder.iterdir()): return folder
     if not _is_here(d, overwrite):
-        print(f'{d.name}: {f"{d.size/1e6:,.1f} MB" if d.size else "download"} to {_short(d.path)}\nlicence: {d.licence}')
+        print(f'{d.name}: {f"{d.size/1e6:,.1f} MB" if d.size else "download"} to '
+              f'{_short(d.path)}\nlicence: {d.licence}')
         d.path.parent.mkdir(parents=True, exist_ok=True)
         _download(d, url or d.url, progress)
     return _unzip(d.path, folder, overwrite, progress) if folder else d.path
@@ -498,14 +578,19 @@ def fetch(
 # %% ../nbs/00_core.ipynb #5558b036
 @command
 def medsam_fetch(
-    names:Param('what to fetch; nothing: list what there is', str, nargs='*', opt=False, default=[])=None,
+    names:Param('what to fetch; nothing: list what there is', str, nargs='*', opt=False,
+                default=[])=None,
     url:str=None, # another address of the same file (with one name only)
     overwrite:bool=False, # replace a wrong file, or an unpacked folder, that is there?
 ):
     "Fetch checkpoints and data by name, checked against their published hashes"
     names = [names] if isinstance(names, str) else list(names or [])
-    if url and len(names)!=1: raise InputError(f'a url goes with exactly one name, and there are {len(names)}: fetch them one by one')
-    if unknown:=[n for n in names if n not in REGISTRY]: raise InputError(f'{unknown[0]!r} is not known: choose from {list(REGISTRY)}')
+    if url and len(names)!=1:
+        raise InputError(f'a url goes with exactly one name, and there are {len(names)}: '
+                         f'fetch them one by one')
+    if unknown:=[n for n in names if n not in REGISTRY]:
+        raise InputError(f'{unknown[0]!r} is not known: choose from {list(REGISTRY)}')
     for n in names: print(f'{n}: {_short(fetch(n, url, overwrite))}')
     if not names:
-        for d in REGISTRY.values(): print(f'{d.name:<13}{f"{d.size/1e6:,.0f} MB" if d.size else "size unknown":>13}  {d.unzip_to or d.dest}\n    licence: {d.licence}')
+        for d in REGISTRY.values():
+            print(f'{d.name:<13}{f"{d.size/1e6:,.0f} MB" if d.size else "size unknown":>13}  {d.unzip_to or d.dest}\n    licence: {d.licence}')

@@ -17,10 +17,12 @@ import numpy as np
 import pandas as pd
 from joblib import Parallel, delayed
 from tqdm import tqdm
-from .core import (InputError, atomic_path, command, data_dir, delegates, home, renamed,
+from .core import (InputError, atomic_path, command, data_dir, delegates, home,
+                            renamed,
                             sha256_array, sha256_file)
 from .view import Grid, Recipe, View, check_choice, resize_label
-from .volume import (Cases, Volume, check_colors, check_ids, find_cases, label_names,
+from .volume import (Cases, Volume, check_colors, check_ids, find_cases,
+                              label_names,
                               read_volume)
 
 # %% ../nbs/06_curate.ipynb #0ddba11e
@@ -55,10 +57,12 @@ def curate_label(
 def _check_image(img:np.ndarray, case:str):
     "Raise `InputError` for an image that cannot be curated"
     if img.ndim not in (3,4) or (img.ndim==4 and img.shape[3]!=3):
-        raise InputError(f'{case}: the image has shape {img.shape}, expected (D,H,W) or (D,H,W,3)')
+        raise InputError(f'{case}: the image has shape {img.shape}, expected (D,H,W) or '
+                         f'(D,H,W,3)')
     if img.dtype.kind=='f' and not np.isfinite(img).all():
         raise InputError(f'{case}: the image has voxels that are not finite numbers')
 
+# %% ../nbs/06_curate.ipynb #5171f637
 def _check_label(lab:np.ndarray, shape:tuple, case:str):
     "Raise `InputError` for a label that cannot be that of an image of `shape` (D,H,W)"
     if lab.shape!=shape:
@@ -84,6 +88,7 @@ def _hash_source(o)->str:
     if len(files)==1 and not path.is_dir(): return sha256_file(path)
     return hashlib.sha256(''.join(sha256_file(f) for f in files).encode()).hexdigest()
 
+# %% ../nbs/06_curate.ipynb #8bf7866c
 def source_hash(
     image, # path of the image, or its array
     label, # path of the label, or its array
@@ -103,6 +108,7 @@ def _curate_slices(view:View, codes)->tuple:
         else: keep.append((z, view.image(z), gt))
     return keep, drops
 
+# %% ../nbs/06_curate.ipynb #7a9d4ad8
 def count_drops(
     drops:list, # of (z, label id, reason)
 )->dict: # reason -> how often, most often first
@@ -110,7 +116,8 @@ def count_drops(
     return dict(Counter(why for *_,why in drops).most_common())
 
 # %% ../nbs/06_curate.ipynb #f605c929
-def _case_arrays(volume:Volume, label, codes, recipe:Recipe, keep:list, drops:list, sha256:str)->dict:
+def _case_arrays(volume:Volume, label, codes, recipe:Recipe, keep:list, drops:list,
+                 sha256:str)->dict:
     "The arrays of the npz of a case"
     z,imgs,gts = zip(*keep)
     if sha256 is None:
@@ -125,6 +132,7 @@ def _case_arrays(volume:Volume, label, codes, recipe:Recipe, keep:list, drops:li
         labels=np.ascontiguousarray(codes), case=np.array(volume.case),
         reasons=np.array(json.dumps(count_drops(drops))))
 
+# %% ../nbs/06_curate.ipynb #6b4ba00b
 def curate_case(
     volume:Volume, # image, array (D,H,W) or (D,H,W,3), spacing (3,) mm in z,y,x
     label:Volume, # label ids on the same grid, array (D,H,W)
@@ -165,6 +173,7 @@ def _draw(patient:str, seed:int)->str:
     "A number for a patient that depends on nothing but patient and seed, as hex digits"
     return hashlib.sha256(f'{seed}:{patient}'.encode()).hexdigest()
 
+# %% ../nbs/06_curate.ipynb #94c1ea06
 def split_cases(
     cases:list, # case names
     patients:list=None, # patient of each case; None: each case is a patient
@@ -175,10 +184,12 @@ def split_cases(
     "Assign cases to train and test by patient; at least one test patient when there are two or more"
     patients, known = list(cases if patients is None else patients), dict(existing or {})
     if len(patients)!=len(cases):
-        raise InputError(f'{len(cases)} cases and {len(patients)} patients: give one patient per '
+        raise InputError(f'{len(cases)} cases and {len(patients)} patients: give one '
+                         'patient per '
                          f'case')
     if not 0<=fraction<1:
-        raise InputError(f'test fraction {fraction!r} cannot be used: give a number from 0 to '
+        raise InputError(f'test fraction {fraction!r} cannot be used: give a number from '
+                         '0 to '
                          f'less than 1')
     new = sorted(set(patients)-set(known), key=lambda p: _draw(p, seed))
     total = len(new)+len(known)
@@ -194,13 +205,15 @@ def _read_table(file:Path, folder)->pd.DataFrame:
     "split.csv with every value as a word; `InputError` if there is none, or it is no such table"
     try: t = pd.read_csv(file, dtype=str, keep_default_na=False)
     except FileNotFoundError:
-        raise InputError(f'no split.csv in {folder}: run `curate` on it first, or look one folder deeper') from None
+        raise InputError(f'no split.csv in {folder}: run `curate` on it first, or look '
+                         f'one folder deeper') from None
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as e:
         raise InputError(f'{file} is not a table: {e}') from None
     miss = [c for c in _COLUMNS if c not in t]
     if miss: raise InputError(f'{file} has no column {miss}: it holds {list(t)}')
     return t
 
+# %% ../nbs/06_curate.ipynb #62b5cea7
 def read_split(
     folder, # folder that holds split.csv
 )->pd.DataFrame: # columns case, patient, part ('train', 'test' or ''), kept, dropped (slices), reasons (dict)
@@ -209,15 +222,21 @@ def read_split(
     t = _read_table(file, folder)
     bad = t[t.case.duplicated()|~t.part.isin(['train','test',''])]
     if len(bad):
-        raise InputError(f'{file}: a case appears twice or a part is neither train nor test: {list(bad.case)}')
+        raise InputError(f'{file}: a case appears twice or a part is neither train nor '
+                         f'test: {list(bad.case)}')
     parts = t[t.part!=''].groupby('patient').part.nunique()
     torn = list(parts.index[parts>1])
-    if torn: raise InputError(f'{file}: patients {torn} are in train and in test: put each in one part')
+    if torn:
+        raise InputError(f'{file}: patients {torn} are in train and in test: put each in '
+                         f'one part')
     try: numbers = dict(kept=t.kept.astype(int), dropped=t.dropped.astype(int))
-    except ValueError as e: raise InputError(f'{file} has a cell that cannot be read: {e}') from None
+    except ValueError as e:
+        raise InputError(f'{file} has a cell that cannot be read: {e}') from None
     try: return t[_COLUMNS].assign(**numbers, reasons=t.reasons.map(json.loads))
-    except ValueError as e: raise InputError(f'{file} has a cell that cannot be read: {e}') from None
+    except ValueError as e:
+        raise InputError(f'{file} has a cell that cannot be read: {e}') from None
 
+# %% ../nbs/06_curate.ipynb #67203543
 def write_split(
     table:pd.DataFrame, # as `read_split` gives it
     folder, # where split.csv goes
@@ -261,7 +280,8 @@ class CuratedCase:
     @property
     def grid(self)->Grid:
         "How the source's slices, turned already, lie on the curated square; v0.1 files do not say: theirs fill it"
-        if self.recipe: return Grid(self.source_shape[1:], self.recipe.size, self.recipe.fit)
+        if self.recipe:
+            return Grid(self.source_shape[1:], self.recipe.size, self.recipe.fit)
         size = self.imgs.shape[1]
         return Grid((size,size), size)
     def __len__(self): return len(self.z)
@@ -270,7 +290,8 @@ class CuratedCase:
     def show(self, i:int=0, ax=None):
         "Draw sample `i` with its labels in the colours of the source ids"
         from medsam_nb.show import show_slice
-        return show_slice(self.imgs[i], mask=np.array([0,*self.label_ids])[self.gts[i]], ax=ax,
+        return show_slice(self.imgs[i], mask=np.array([0,*self.label_ids])[self.gts[i]],
+                          ax=ax,
                           title=f'{self.case} z={self.z[i]}')
 
 # %% ../nbs/06_curate.ipynb #85de2aac
@@ -279,28 +300,35 @@ def _load_npz(path, keys:tuple)->dict:
     try:
         d = np.load(path, allow_pickle=False)
         if not isinstance(d, np.lib.npyio.NpzFile):
-            raise InputError(f'{path} holds a single array, expected an npz with imgs and gts')
+            raise InputError(f'{path} holds a single array, expected an npz with imgs and '
+                             f'gts')
         with d: return {k:d[k] for k in keys if k in d.files}
     except FileNotFoundError: raise InputError(f'{path} does not exist') from None
     except InputError: raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zipfile.zlib.error) as e:
-        raise InputError(f'{path} is not a curated npz or is damaged ({e}): curate the case again') from None
+        raise InputError(f'{path} is not a curated npz or is damaged ({e}): curate the '
+                         f'case again') from None
 
+# %% ../nbs/06_curate.ipynb #02b19ee4
 def read_npz(
     path, # npz written by `curate`, or by MedSAM v0.1 (only imgs and gts)
 )->CuratedCase: # v0.1 files: z counts from 0, label_ids (1,), the rest None
     "Open a curated case without loading its images; `InputError` if it is missing, damaged or something else"
     path = Path(path)
-    d = _load_npz(path, ('z','label_ids','spacing','source_shape','recipe','source_sha256','case'))
+    d = _load_npz(path, ('z','label_ids','spacing','source_shape','recipe','source_sha256',
+                         'case'))
     if 'z' not in d:
         old = _load_npz(path, ('gts',))
         if 'gts' not in old:
-            raise InputError(f'{path} has no gts: expected an npz that `curate` or MedSAM v0.1 '
+            raise InputError(f'{path} has no gts: expected an npz that `curate` or MedSAM '
+                             'v0.1 '
                              f'wrote')
         d['z'] = np.arange(len(old['gts']), dtype=np.int32)
     get = lambda k, f: f(d[k]) if k in d else None
-    floats, ints = (lambda a: tuple(float(o) for o in a)), (lambda a: tuple(int(o) for o in a))
-    return CuratedCase(path, get('case', str) or path.stem, d['z'], get('label_ids', ints) or (1,),
+    floats, ints = (lambda a: tuple(float(o) for o in a)), (lambda a: tuple(int(o)
+        for o in a))
+    return CuratedCase(path, get('case', str) or path.stem, d['z'], get('label_ids', ints)
+                       or (1,),
                        get('spacing', floats),
         get('source_shape', ints), get('recipe', lambda a: Recipe.from_json(str(a))),
         get('source_sha256', str))
@@ -311,6 +339,7 @@ def _natural(s)->list:
     return [(1,int(o),'') if o.isdigit() and o.isascii() else (0,0,o)
             for o in re.split(r'([0-9]+)', str(s))]
 
+# %% ../nbs/06_curate.ipynb #62263195
 def find_npz(
     folder, # `<modality>_<anatomy>` folder with train/ and test/, or a flat folder of npz files
     part:str=None, # 'train', 'test', or None for all
@@ -319,7 +348,8 @@ def find_npz(
     folder = Path(folder)
     check_choice('part', part, (None,'train','test'))
     if not folder.is_dir():
-        raise InputError(f'no folder {folder}: expected a folder that `curate` wrote, with train/ '
+        raise InputError(f'no folder {folder}: expected a folder that `curate` wrote, '
+                         'with train/ '
                          f'and test/ in it')
     where = [folder/part] if part else [folder/'train', folder/'test', folder]
     out = [f for d in where for f in sorted(d.glob('*.npz'), key=lambda o: _natural(o.name))
@@ -328,7 +358,8 @@ def find_npz(
     there = sorted(o.name for o in folder.iterdir() if not o.name.startswith('.'))[:10]
     deeper = [o for o in there if (folder/o/'split.csv').is_file()]
     hint = f'; did you mean {folder.name}/{deeper[0]}?' if deeper else ''
-    raise InputError(f'no npz files in {", ".join(str(o) for o in where)}; {folder.name} holds '
+    raise InputError(f'no npz files in {", ".join(str(o) for o in where)}; {folder.name} '
+                     'holds '
                      f'{there or "nothing"}{hint}')
 
 # %% ../nbs/06_curate.ipynb #a124a796
@@ -337,10 +368,13 @@ def _same_as_before(path, recipe:Recipe, sha:str):
     if path is None or not Path(path).is_file(): return None
     try: d = _load_npz(path, ('recipe','source_sha256','source_shape','z','reasons'))
     except InputError: return None
-    if str(d.get('source_sha256'))!=sha or str(d.get('recipe'))!=recipe.to_json(): return None
+    if str(d.get('source_sha256'))!=sha or str(d.get('recipe'))!=recipe.to_json():
+        return None
     kept,reasons = len(d['z']),json.loads(str(d['reasons']))
-    return dict(kept=kept, dropped=int(d['source_shape'][0])-kept, reasons=reasons, status='as before')
+    return dict(kept=kept, dropped=int(d['source_shape'][0])-kept, reasons=reasons,
+                status='as before')
 
+# %% ../nbs/06_curate.ipynb #2bf00f23
 def _pair_hash(case, how:dict)->str:
     "`source_hash` of a case, and of how it is read where that is not the plain way"
     sha = source_hash(case.image, case.label)
@@ -352,10 +386,12 @@ def _pair_hash(case, how:dict)->str:
 def _read_pair(case, how:dict)->tuple:
     "Image and label of a case"
     vol = read_volume(case.image, series=how['series'])
-    lab = read_volume(case.label, kind='label', like=vol, ids=how['ids'], colors=how['colors'])
+    lab = read_volume(case.label, kind='label', like=vol, ids=how['ids'],
+                      colors=how['colors'])
     return replace(vol, case=case.case), lab
 
-def _curate_file(case, how:dict, recipe:Recipe, staged:Path, done, overwrite:bool, strict:bool)->dict:
+def _curate_file(case, how:dict, recipe:Recipe, staged:Path, done, overwrite:bool,
+                 strict:bool)->dict:
     "Curate one pair into `staged` unless `done` or `staged` is up to date; the case's row of the table"
     row = dict(case=case.case, kept=0, dropped=0, reasons={}, status='failed')
     try:
@@ -401,7 +437,8 @@ def _check_patients(old, patients:dict):
     for case,was in zip(old.case, old.patient):
         now = patients.get(case, was)
         if now==was: continue
-        raise InputError(f'case {case!r} belongs to patient {was!r} in split.csv and to {now!r} now: '
+        raise InputError(f'case {case!r} belongs to patient {was!r} in split.csv and to '
+                         f'{now!r} now: '
                          'use the patient pattern of the first run, or another out')
 
 def _check_places(old, done:dict, folder:Path):
@@ -410,8 +447,10 @@ def _check_places(old, done:dict, folder:Path):
     for case,f in done.items():
         if part.get(case)==f.parent.name: continue
         said = f'puts it in {part[case]!r}' if part.get(case) else 'does not know it'
-        raise InputError(f'{f} lies in {f.parent.name}/ and {folder.name}/split.csv {said}: '
-                         'nobody can tell any more who was tested on whom; restore split.csv, '
+        raise InputError(f'{f} lies in {f.parent.name}/ and {folder.name}/split.csv '
+                         f'{said}: '
+                         'nobody can tell any more who was tested on whom; restore '
+                         'split.csv, '
                          'or move the folder away and curate again')
 
 # %% ../nbs/06_curate.ipynb #5b325b4f
@@ -419,7 +458,8 @@ def _ids_in(case, named:set, colors=None)->set:
     "Ids in the label of a case, those of its names if it has any; empty for one that cannot be read"
     try:
         if label_names(case.label): return named
-        return set(np.unique(read_volume(case.label, kind='label', colors=colors).array).tolist())
+        return set(np.unique(read_volume(case.label, kind='label',
+                                         colors=colors).array).tolist())
     except (InputError, OSError): return set()
 
 def _all_label_ids(cases:list, workers:int, named:set, colors=None)->tuple:
@@ -427,7 +467,8 @@ def _all_label_ids(cases:list, workers:int, named:set, colors=None)->tuple:
     each = Parallel(workers)(delayed(_ids_in)(c, named, colors) for c in cases)
     found = set().union(*each)-{0}
     if found: return tuple(sorted(int(o) for o in found))
-    raise InputError(f'label_ids "all" finds no label in {cases[0].label.parent}: every readable label is empty')
+    raise InputError(f'label_ids "all" finds no label in {cases[0].label.parent}: every '
+                     f'readable label is empty')
 
 # %% ../nbs/06_curate.ipynb #e7a4b5c7
 def read_names(
@@ -436,18 +477,23 @@ def read_names(
     "The names of the labels, from names.json"
     file = Path(folder)/'names.json'
     if not file.exists(): return {}
-    try: return {int(k):str(v) for k,v in json.loads(file.read_text(encoding='utf-8')).items()}
+    try:
+        return {int(k):str(v) for k,
+                v in json.loads(file.read_text(encoding='utf-8')).items()}
     except (ValueError, AttributeError):
         raise InputError(f'{file} is not a list of label names: '
                          'restore it, or move the folder away and curate again') from None
 
+# %% ../nbs/06_curate.ipynb #4d410465
 def write_names(
     names:dict, # label id -> name
     folder, # where names.json goes
 ):
     "Write names.json, all or nothing"
-    said = json.dumps({str(k):v for k,v in sorted(names.items())}, ensure_ascii=False, indent=1)
-    with atomic_path(Path(folder)/'names.json') as file: file.write_text(said, encoding='utf-8')
+    said = json.dumps({str(k):v for k,v in sorted(names.items())}, ensure_ascii=False,
+                      indent=1)
+    with atomic_path(Path(folder)/'names.json') as file:
+        file.write_text(said, encoding='utf-8')
 
 # %% ../nbs/06_curate.ipynb #8eb403b0
 def _names_of(label)->list:
@@ -460,20 +506,24 @@ def _put_name(known:dict, i:int, name:str, where:str):
     was = known.setdefault(i, name)
     if was==name: return
     such = f'{{{name!r}: {max(known)+1}, {was!r}: {i}}}'
-    raise InputError(f'label {i} is {name!r} in {where} and {was!r} elsewhere: one id must mean one thing; '
+    raise InputError(f'label {i} is {name!r} in {where} and {was!r} elsewhere: one id '
+                     'must mean one thing; '
                      f'say which is which, for example ids={such} (--ids)')
 
+# %% ../nbs/06_curate.ipynb #e44761e5
 def _given_names(ids:dict, kept:dict)->dict:
     "Label id -> name: `kept`, then what the user gave"
     known = dict(kept)
     for name,i in ids.items():
         was = [k for k,v in kept.items() if v==name and k!=i]
         if was:
-            raise InputError(f'{name!r} is label {i} in ids and was {was[0]} in the run before (names.json): '
+            raise InputError(f'{name!r} is label {i} in ids and was {was[0]} in the run '
+                             'before (names.json): '
                              'use the old id, or another out')
         _put_name(known, i, name, 'ids')
     return known
 
+# %% ../nbs/06_curate.ipynb #d3d4ed6c
 def _merge_names(found:dict, ids, kept:dict)->dict:
     "Label id -> name over all cases: `kept`, then `ids` if given, else names found (case -> (id, name) pairs)"
     if ids: return _given_names(ids, kept)
@@ -481,7 +531,8 @@ def _merge_names(found:dict, ids, kept:dict)->dict:
     for case,pairs in found.items():
         for i,name in pairs:
             if i is not None: _put_name(known, i, name, case)
-    free = {name for pairs in found.values() for i,name in pairs if i is None}-set(known.values())
+    free = {name for pairs in found.values() for i,name in pairs
+            if i is None}-set(known.values())
     return known|dict(enumerate(sorted(free), max(known, default=0)+1))
 
 # %% ../nbs/06_curate.ipynb #043fa201
@@ -500,7 +551,8 @@ def _merge_split(rows:list, old, patients:dict, fraction:float, seed:int)->pd.Da
     before = old.set_index('case')[['kept','dropped']].to_dict('index')
     rows = [r|before.get(r['case'], {}) if r['status']=='failed' else r for r in rows]
     usable = [r['case'] for r in rows if r['kept']]
-    parts = split_cases(usable, [patients[c] for c in usable], fraction, seed, existing=known)
+    parts = split_cases(usable, [patients[c] for c in usable], fraction, seed,
+                        existing=known)
     def whole(r):
         patient = patients[r['case']]
         return dict(r, patient=patient, part=parts.get(r['case'], known.get(patient, '')))
@@ -508,6 +560,7 @@ def _merge_split(rows:list, old, patients:dict, fraction:float, seed:int)->pd.Da
     both = pd.concat([old[~old.case.isin(new.case)], new]) if len(old) else new
     return both.sort_values('case', key=lambda s: s.map(_natural)).reset_index(drop=True)
 
+# %% ../nbs/06_curate.ipynb #f608e0b8
 def _place(rows:list, table:pd.DataFrame, folder:Path, done:dict):
     "Move staged files into their part; a case that yields nothing any more loses its old file"
     part = dict(zip(table.case, table.part))
@@ -531,6 +584,7 @@ def _say_path(p:Path)->str:
     "A path as seen from the project folder, if it lies there"
     return str(p.relative_to(home())) if p.is_relative_to(home()) else str(p)
 
+# %% ../nbs/06_curate.ipynb #d2a705a4
 @dataclass
 class Curation:
     "What `curate` did"
@@ -542,7 +596,8 @@ class Curation:
     @property
     def failed(self)->dict:
         "case -> sentence, for cases that could not be curated"
-        return {c:d['error'] for c,d in zip(self.table.case, self.table.reasons) if 'error' in d}
+        return {c:d['error'] for c,d in zip(self.table.case, self.table.reasons)
+                if 'error' in d}
     def files(self,
         part:str=None, # 'train', 'test', or None for all
     )->list:
@@ -562,12 +617,15 @@ class Curation:
 def _check_result(rows:list, recipe:Recipe):
     "Raise `InputError` when no case of a run gave a slice"
     if any(r['kept'] for r in rows): return
-    errors = [f'{r["case"]}: {r["reasons"]["error"]}' for r in rows if r['status']=='failed']
+    errors = [f'{r["case"]}: {r["reasons"]["error"]}' for r in rows
+              if r['status']=='failed']
     if len(errors)==len(rows):
         raise InputError('\n'.join([f'all {len(rows)} cases failed:', *errors[:10]]))
     ids = sorted(set().union(*(r.get('ids', ()) for r in rows)))
-    why = [f'{r["case"]}: '+', '.join(f'{k} {v}' for k,v in r['reasons'].items()) for r in rows]
-    first = (f'no slice was kept; wanted were label ids {list(recipe.label_ids)} with at least '
+    why = [f'{r["case"]}: '+', '.join(f'{k} {v}' for k,v in r['reasons'].items())
+           for r in rows]
+    first = (f'no slice was kept; wanted were label ids {list(recipe.label_ids)} with at '
+             'least '
              f'{recipe.min_pixels} px on the {recipe.size} grid; the labels hold ids {ids}')
     raise InputError('\n'.join([first, *why[:20]]))
 
@@ -577,8 +635,10 @@ def _names_and_ways(cases, ids, series, colors, kept:dict)->tuple:
     found = {c.case:_names_of(c.label) for c in cases}
     known = _merge_names(found, ids, kept)
     if known: print('labels: '+', '.join(f'{k} {v}' for k,v in sorted(known.items())))
-    return known, {c:_how_to_read(pairs, known, ids, series, colors) for c,pairs in found.items()}
+    return known, {c:_how_to_read(pairs, known, ids, series, colors) for c,
+                   pairs in found.items()}
 
+# %% ../nbs/06_curate.ipynb #f287af54
 def _look(cases, folder:Path, patient)->tuple:
     "What is there already (split table, case -> file) and the patient of each case; refuses what would leak"
     patients = {c.case:patient_of(c.case, patient) for c in cases}
@@ -589,10 +649,13 @@ def _look(cases, folder:Path, patient)->tuple:
     _check_places(old, done, folder)
     return old, done, patients
 
-def _curate_all(cases, how:dict, recipe:Recipe, folder:Path, done:dict, workers, overwrite, strict, progress)->list:
+# %% ../nbs/06_curate.ipynb #2cbdab2f
+def _curate_all(cases, how:dict, recipe:Recipe, folder:Path, done:dict, workers, overwrite,
+                strict, progress)->list:
     "The row of each case, curated into the staging folder"
     def staged(c): return folder/'.staging'/f'{recipe.name}_{c.case}.npz'
-    jobs = [delayed(_curate_file)(c, how[c.case], recipe, staged(c), done.get(c.case), overwrite, strict)
+    jobs = [delayed(_curate_file)(c, how[c.case], recipe, staged(c), done.get(c.case),
+                                  overwrite, strict)
             for c in cases]
     rows = Parallel(workers, return_as='generator')(jobs)
     return list(tqdm(rows, total=len(jobs), desc='curate', disable=not progress))
@@ -622,10 +685,12 @@ def curate(
     if labels is None and not isinstance(images, Cases):
         raise InputError(f'{images}: no labels are given: say where they are')
     if workers!=int(workers) or workers<1 and workers!=-1:
-        raise InputError(f'workers is {workers}: give a number of processes, or -1 for one per core')
+        raise InputError(f'workers is {workers}: give a number of processes, or -1 for '
+                         f'one per core')
     split_cases([], fraction=test_fraction)
     cases = images
-    if not isinstance(images, Cases): cases = find_cases(images, labels, image_suffix=image_suffix)
+    if not isinstance(images, Cases):
+        cases = find_cases(images, labels, image_suffix=image_suffix)
     every = isinstance(label_ids, str) and label_ids=='all'
     recipe = Recipe(label_ids=(1,) if every else label_ids, **kwargs)
     folder = Path(data_dir('npz') if out is None else out).absolute()/recipe.name
@@ -633,10 +698,14 @@ def curate(
     if series is not None: series = str(series)
     ids,colors = ids and check_ids(ids),colors and check_colors(colors)
     anew = overwrite and set(done)<=set(patients)
-    known,how = _names_and_ways(cases, ids, series, colors, {} if anew else read_names(folder))
-    if every: recipe = replace(recipe, label_ids=_all_label_ids(cases, workers, set(known), colors))
+    known,how = _names_and_ways(cases, ids, series, colors, {} if anew
+                                else read_names(folder))
+    if every:
+        recipe = replace(recipe, label_ids=_all_label_ids(cases, workers, set(known),
+                                                          colors))
     _check_recipes(done, recipe, set(patients), overwrite)
-    rows = _curate_all(cases, how, recipe, folder, done, workers, overwrite, strict, progress)
+    rows = _curate_all(cases, how, recipe, folder, done, workers, overwrite, strict,
+                       progress)
     _check_result(rows, recipe)
     table = _merge_split(rows, old, patients, test_fraction, seed)
     write_split(table, folder)

@@ -15,18 +15,21 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 import matplotlib.pyplot as plt, numpy as np, pandas as pd
 from tqdm import tqdm
-from .core import (InputError, atomic_path, command, data_dir, delegates, parse_ids, parse_pairs, renamed,
+from .core import (InputError, atomic_path, command, data_dir, delegates,
+                            parse_ids, parse_pairs, renamed,
                             sha256_array, work_dir)
 from .curate import count_drops, curate_case, patient_of, _how_to_read, _merge_names, _names_of
 from .show import show_grid
 from .view import Recipe, fit_shape, intensity_limits, normalize
-from .volume import (FORMATS, Case, Cases, Volume, case_name, check_colors, check_ids, check_pair,
+from .volume import (FORMATS, Case, Cases, Volume, case_name, check_colors,
+                              check_ids, check_pair,
                               display_geometry,
                               find_cases, format_of, read_volume, split_name)
 
 # %% ../nbs/15_doctor.ipynb #e0d00009
 LEVELS = dict(error='the run would stop, lose these cases, or give wrong numbers',
-              warning='it would run, and probably not do what you want', note='worth knowing')
+              warning='it would run, and probably not do what you want',
+              note='worth knowing')
 
 @dataclass(frozen=True)
 class Finding:
@@ -74,7 +77,8 @@ def _subfolder(f):
     for p in f.ignored:
         if not p.is_dir() or p.name.startswith('.'): continue
         do = 'move what counts one level up; a DICOM series may stay a folder'
-        yield Found(f'{_where(p)} is a folder and is not looked into', do, dict(folder=str(p)), p.name)
+        yield Found(f'{_where(p)} is a folder and is not looked into', do,
+                    dict(folder=str(p)), p.name)
 
 # %% ../nbs/15_doctor.ipynb #e0d0000d
 def _nfc(s:str)->str: return unicodedata.normalize('NFC', s)
@@ -95,8 +99,10 @@ def _squash(s:str)->str: # without capitals, kinds of separators and leading zer
 @lru_cache(None)
 def _numbers(s:str)->list: return [int(o) for o in re.findall(r'\d+', s)]
 
-def _begins(long:str, short:str)->bool: return long.startswith(short) and not long[len(short)].isdigit()
+def _begins(long:str, short:str)->bool:
+    return long.startswith(short) and not long[len(short)].isdigit()
 
+# %% ../nbs/15_doctor.ipynb #21f65b5d
 def _alike(image:str, label:str, suffix:str)->str:
     "How an image's name without extension nearly fits a label's: 'spelling', 'suffix', 'label-suffix', 'similar' or ''"
     case = image.removesuffix(suffix) if suffix else image
@@ -104,7 +110,8 @@ def _alike(image:str, label:str, suffix:str)->str:
     if _begins(image, label): return 'suffix'
     if _begins(label, case): return 'label-suffix'
     same_numbers = _numbers(case) and _numbers(case)==_numbers(label)
-    return 'similar' if same_numbers and SequenceMatcher(None, case, label).ratio()>.5 else ''
+    return 'similar' if same_numbers and SequenceMatcher(None, case,
+                                                         label).ratio()>.5 else ''
 
 # %% ../nbs/15_doctor.ipynb #7a75f04b
 def _near_misses(images:list, labels:list, suffix:str)->dict:
@@ -152,7 +159,9 @@ class Folder:
     @property
     def seen(self)->list: return [r for r in self.rows if r['status']!='failed']
     @property
-    def there(self)->list: return sorted({o['id'] for o in self.ids}) # ids that some label has
+    # ids that some label has
+    def there(self)->list:
+        return sorted({o['id'] for o in self.ids})
     def patients(self)->dict:
         "case -> patient, for cases whose name the pattern fits"
         out = {}
@@ -164,7 +173,8 @@ class Folder:
 # %% ../nbs/15_doctor.ipynb #e0d00047
 def _readable(folder:Path)->list:
     "Files that `read_volume` would try, by name"
-    return sorted(p for p in folder.iterdir() if p.is_file() and format_of(p) and not p.name.startswith('.'))
+    return sorted(p for p in folder.iterdir() if p.is_file() and format_of(p)
+                  and not p.name.startswith('.'))
 
 def _clear_pairs(ims:list, labs:list, suffix:str)->tuple:
     "Pairs by name where no two files claim a case, and the names where they do"
@@ -185,13 +195,15 @@ def _pair(images:Path, labels:Path, suffix:str)->tuple:
             warnings.simplefilter('ignore')
             return find_cases(images, labels, image_suffix=suffix), {}
     except InputError:
-        if not (images.is_dir() and labels.is_dir()) or images.resolve()==labels.resolve(): raise
+        if not (images.is_dir() and labels.is_dir()) or images.resolve()==labels.resolve():
+            raise
         if not (_readable(images) and _readable(labels)): raise
         return _clear_pairs(_readable(images), _readable(labels), suffix)
 
 def _guess(near:dict)->list: # of `Case`
     "Pairs out of near misses, named by the shorter name"
-    return [Case(min(split_name(p)[0], split_name(q)[0], key=len), p, q) for p,(q,_) in near.items()]
+    return [Case(min(split_name(p)[0], split_name(q)[0], key=len), p, q) for p,
+            (q,_) in near.items()]
 
 # %% ../nbs/15_doctor.ipynb #23299b5b
 def list_folder(
@@ -207,10 +219,12 @@ def list_folder(
     used |= {d/n for names in twice.values() for n in names for d in both}
     if isinstance(cases, Cases): left = cases.unpaired
     else: left = [p for d in both for p in _readable(d) if p not in used]
-    near = _near_misses([p for p in left if p.parent==images], [p for p in left if p.parent==labels], suffix)
+    near = _near_misses([p for p in left if p.parent==images],
+                        [p for p in left if p.parent==labels], suffix)
     known = {*used, *left}
     roots = [d.resolve() for d in both]
-    ignored = [p for d in both for p in sorted(d.iterdir()) if p not in known and p.resolve() not in roots]
+    ignored = [p for d in both for p in sorted(d.iterdir()) if p not in known
+               and p.resolve() not in roots]
     guessed = not cases and not twice and bool(near)
     if guessed: cases = _guess(near)
     return Folder(images, labels, suffix, list(cases), left, ignored, twice, near, guessed)
@@ -232,7 +246,8 @@ def _near(f, how:str)->list: return [(p, q) for p,(q,h) in f.near.items() if h==
 # %% ../nbs/15_doctor.ipynb #d37a5fd6
 @rule('files', 'error')
 def _image_suffix(f):
-    ends = Counter(split_name(p)[0].removeprefix(split_name(q)[0]) for p,q in _near(f, 'suffix'))
+    ends = Counter(split_name(p)[0].removeprefix(split_name(q)[0]) for p,
+                   q in _near(f, 'suffix'))
     if not f.guessed or not ends: return
     pairs = _some([f'{p.name} + {q.name}' for p,(q,_) in f.near.items()], 2)
     do = f'pass --image_suffix {ends.most_common(1)[0][0]}'
@@ -248,15 +263,18 @@ def _label_suffix(f):
     pairs = _near(f, 'label-suffix')
     if not f.guessed or not pairs: return
     some = _some([f'{p.name} + {q.name}' for p,q in pairs], 2)
-    yield Found(f'nothing pairs: label names have an ending that image names do not ({some})',
-                'rename the labels so that they are named like their images', dict(pairs=[[p.name, q.name] for p,
+    yield Found('nothing pairs: label names have an ending that image names do not '
+                f'({some})',
+                'rename the labels so that they are named like their images',
+                dict(pairs=[[p.name, q.name] for p,
                                                                                           q in pairs]))
 
 # %% ../nbs/15_doctor.ipynb #d815f104
 @rule('files', 'error')
 def _pairs_twice(f):
     for c,names in f.twice.items():
-        yield Found(f'several files claim this case: {", ".join(names)}', 'keep one image and one label of it',
+        yield Found(f'several files claim this case: {", ".join(names)}',
+                    'keep one image and one label of it',
                     dict(files=names), c)
 
 # %% ../nbs/15_doctor.ipynb #f672bf84
@@ -268,8 +286,10 @@ def _near_miss(f):
     for p,(q,how) in f.near.items():
         if f.guessed and how in ('suffix','label-suffix'): continue
         do = 'rename one of them if they belong together'
-        if how=='suffix': do += ', or give all images the same ending and pass it as --image_suffix'
-        yield Found(f'{p.name} has no label, but {q.name} is nearly its name ({_DIFFERS[how]})', do,
+        if how=='suffix':
+            do += ', or give all images the same ending and pass it as --image_suffix'
+        yield Found(f'{p.name} has no label, but {q.name} is nearly its name '
+                    f'({_DIFFERS[how]})', do,
                     dict(image=p.name, label=q.name), p.name)
 
 # %% ../nbs/15_doctor.ipynb #1ec8451b
@@ -279,14 +299,16 @@ def _unpaired(f):
     for p in f.unpaired if f.cases or f.twice else ():
         if p in known: continue
         what = 'label' if p.parent==f.images else 'image'
-        yield Found(f'{_where(p)} has no {what}; it is left out', 'bring the partner, or move the file away',
+        yield Found(f'{_where(p)} has no {what}; it is left out',
+                    'bring the partner, or move the file away',
                     dict(file=str(p)), p.name)
 
 # %% ../nbs/15_doctor.ipynb #f9e26eea
 _OTHER = ('.dcm','.ima','.npy','.npz','.mat','.zip','.gz','.tar','.h5','.hdf5','.img','.hdr','.mgz','.svs','.gif',
           '.webp')
 
-def _holds_images(p:Path)->bool: return p.is_file() and not p.name.startswith('.') and p.suffix.lower() in _OTHER
+def _holds_images(p:Path)->bool:
+    return p.is_file() and not p.name.startswith('.') and p.suffix.lower() in _OTHER
 
 def _is_beside(p:Path)->bool:
     "Does a file hold the voxels of a header that lies beside it?"
@@ -298,14 +320,18 @@ def _is_beside(p:Path)->bool:
 def _unread_format(f):
     for p in filter(_holds_images, f.ignored):
         yield Found(f'{_where(p)} is in a format that is not read from such a folder',
-                    'convert it to NIfTI, NRRD or PNG if it belongs to the data', dict(file=str(p)), p.name)
+                    'convert it to NIfTI, NRRD or PNG if it belongs to the data',
+                    dict(file=str(p)), p.name)
 
+# %% ../nbs/15_doctor.ipynb #a6952f2f
 @rule('files', 'note')
 def _ignored(f):
-    other = [p for p in f.ignored if p.is_file() and not _holds_images(p) and not _is_beside(p)]
+    other = [p for p in f.ignored if p.is_file() and not _holds_images(p)
+             and not _is_beside(p)]
     if not other: return
     some = _some(map(_where, other))
-    yield Found(f'{_many(len(other), "file")} of another kind or hidden: {some}; ignored', '',
+    yield Found(f'{_many(len(other), "file")} of another kind or hidden: {some}; ignored',
+                '',
                 dict(files=[str(p) for p in other]))
 
 # %% ../nbs/15_doctor.ipynb #e0d00017
@@ -364,8 +390,11 @@ class _Read:
 
     def __post_init__(self):
         self.image = self._try('image', self.case.image, series=self.how.get('series'))
-        how = dict(ids=self.how.get('ids', self.how.get('names')), colors=self.how.get('colors'))
-        if not format_of(self.case.label): how['like'] = self.image # a folder or DICOM-SEG lies on the grid of its image
+        how = dict(ids=self.how.get('ids', self.how.get('names')),
+                   colors=self.how.get('colors'))
+        # a folder or DICOM-SEG lies on the grid of its image
+        if not format_of(self.case.label):
+            how['like'] = self.image
         self.label = self._try('label', self.case.label, **how)
         if self.label is None: self.raw = self._try('label', self.case.label, 'image')
         if self.errors: return
@@ -389,7 +418,8 @@ def _counts(label:Volume)->pd.DataFrame:
     a = label.array
     ids = np.arange(int(a.max())+1)
     if len(ids)>1024: ids,a = np.unique(a, return_inverse=True)
-    n = np.stack([np.bincount(s.ravel(), minlength=len(ids)) for s in a.reshape(label.shape)])
+    n = np.stack([np.bincount(s.ravel(), minlength=len(ids))
+                  for s in a.reshape(label.shape)])
     t = pd.DataFrame(n, columns=[int(i) for i in ids])
     return t.loc[:,[i for i in t if i and t[i].any()]]
 
@@ -409,7 +439,8 @@ class Exam(_Read):
         a = self.image.array.reshape(-1)
         return a[::max(1, a.size//2_000_000)]
     @cached_property
-    def span(self)->tuple: return float(self.image.array.min()), float(self.image.array.max())
+    def span(self)->tuple:
+        return float(self.image.array.min()), float(self.image.array.max())
     @cached_property
     def looks(self)->str: # the verdict on the grey values
         return '' if self.image is None else looks_like(self.values, *self.span)
@@ -419,18 +450,24 @@ class Exam(_Read):
         if self.label is None: return self.raw is not None
         return looks_like(self.label.array.reshape(-1))!='label map'
     @property
-    def ct(self)->bool: return self.wanted.limits is not None # will a window be laid over the values?
+    # will a window be laid over the values?
+    def ct(self)->bool:
+        return self.wanted.limits is not None
     @property
-    def ids_of_all(self)->list: return [int(i) for i in np.unique(self.label.array) if i] or [1]
+    def ids_of_all(self)->list:
+        return [int(i) for i in np.unique(self.label.array) if i] or [1]
     @cached_property
     def curated(self)->tuple:
         "What `curate_case` gives: arrays (None: nothing kept) and drops; None and [] when it refuses"
         if self.errors: return None, []
         recipe = self.wanted
         try:
-            if self.label_ids=='all': recipe = replace(recipe, label_ids=tuple(self.ids_of_all))
-            return curate_case(replace(self.image, case=self.case.case), self.label, recipe, sha256='dry run')
-        except (InputError, OSError) as e: self._note('curate', e, _sentence(e, self.case.image))
+            if self.label_ids=='all':
+                recipe = replace(recipe, label_ids=tuple(self.ids_of_all))
+            return curate_case(replace(self.image, case=self.case.case), self.label,
+                               recipe, sha256='dry run')
+        except (InputError, OSError) as e:
+            self._note('curate', e, _sentence(e, self.case.image))
         return None, []
     @property
     def kept(self)->int: return len(self.curated[0]['z']) if self.curated[0] else 0
@@ -454,7 +491,8 @@ def _reads(x, code:str=''):
         is_one = x.codes.get(k, '')
         own = is_one in RULES and is_one!='unreadable'
         if is_one==code if code else not own:
-            yield Found(x.errors[k], '', dict(file=str(getattr(x.case, k)), what=k, error=is_one))
+            yield Found(x.errors[k], '', dict(file=str(getattr(x.case, k)), what=k,
+                                              error=is_one))
 
 @rule('case', 'error')
 def _unreadable(x): yield from _reads(x)
@@ -470,13 +508,15 @@ def _fractions(x)->bool: # are they all from 0 to 1?
 def _label_probabilities(x):
     for o in _reads(x, 'label-fraction') if _fractions(x) else ():
         message = f'the label holds fractions from 0 to 1: these are probabilities, not labels. {o.message}'
-        yield o._replace(message=message, do='threshold them, for instance at 0.5, and save whole numbers')
+        yield o._replace(message=message,
+                         do='threshold them, for instance at 0.5, and save whole numbers')
 
 # %% ../nbs/15_doctor.ipynb #ae49a6e8
 @rule('case', 'error')
 def _label_fraction(x):
     for o in _reads(x, 'label-fraction') if not _fractions(x) else ():
-        yield o._replace(do='resample labels with nearest neighbour, never with interpolation')
+        yield o._replace(do='resample labels with nearest neighbour, never with '
+                            'interpolation')
 
 @rule('case', 'error')
 def _label_negative(x): yield from _reads(x, 'label-negative')
@@ -517,23 +557,28 @@ def _differs(x, key:str, unit:str, do:str):
     if same and np.allclose(a, b, rtol=0, atol=1e-3): return
     message = f'{key} of the image {_rounded(a)}, of the label {_rounded(b)}{unit}'
     if same: message += f'; difference {_rounded(b-a)}'
-    yield Found(message, do, dict(image=a.tolist(), label=b.tolist(), difference=(b-a).tolist() if same else None))
+    yield Found(message, do, dict(image=a.tolist(), label=b.tolist(),
+                                  difference=(b-a).tolist() if same else None))
 
 # %% ../nbs/15_doctor.ipynb #4594ba6f
 @rule('case', 'error')
 def _geometry_size(x):
-    yield from _differs(x, 'size', ' (slices, rows, columns)', 'check that they belong to one case; '
+    yield from _differs(x, 'size', ' (slices, rows, columns)',
+                        'check that they belong to one case; '
                         'if they do, resample the label to the image with nearest neighbour')
 
 @rule('case', 'error')
 def _geometry_spacing(x):
-    yield from _differs(x, 'spacing', ' mm (slice, row, column)', 'if the voxels do lie on each other, '
-                        'copy the header of the image into the label; else resample the label')
+    yield from _differs(x, 'spacing', ' mm (slice, row, column)',
+                        'if the voxels do lie on each other, '
+                        'copy the header of the image into the label; else resample the '
+                        'label')
 
 @rule('case', 'error')
 def _geometry_origin(x):
     yield from _differs(x, 'origin', ' mm',
-                        'look at the picture: if the voxels lie on each other, copy the header of the image '
+                        'look at the picture: if the voxels lie on each other, copy the '
+                        'header of the image '
                         'into the label; if they are mirrored, the label lost its direction')
 
 @rule('case', 'error')
@@ -548,7 +593,8 @@ _GEOMETRY = (_geometry_size, _geometry_spacing, _geometry_origin, _geometry_dire
 def _geometry_other(x):
     "What `check_pair` refuses for a reason that the rules above do not know"
     if 'pair' not in x.errors or x.swapped: return
-    if not any(any(f(x)) for f in _GEOMETRY): yield Found(x.errors['pair'], '', dict(error=x.codes.get('pair', '')))
+    if not any(any(f(x)) for f in _GEOMETRY):
+        yield Found(x.errors['pair'], '', dict(error=x.codes.get('pair', '')))
 
 def _in_mm(x)->bool: return x.image is not None and x.image.source.plane!='image'
 
@@ -570,7 +616,8 @@ def _spacing_unit(x):
 @rule('case', 'warning')
 def _label_empty(x):
     if x.label is None or x.swapped or x.ids: return
-    yield Found('the label is empty: every voxel is 0', 'nothing of this case will be used; label it or move it away')
+    yield Found('the label is empty: every voxel is 0',
+                'nothing of this case will be used; label it or move it away')
 
 @rule('case', 'warning')
 def _label_many_ids(x):
@@ -583,12 +630,15 @@ def _label_many_ids(x):
 def _no_background(x):
     share = x.counts.to_numpy().sum()/x.label.array.size if x.ids else 0
     if share<=.95: return
-    yield Found(f'{share:.0%} of the label are not 0', 'is object and background exchanged? The background must be 0',
+    yield Found(f'{share:.0%} of the label are not 0',
+                'is object and background exchanged? The background must be 0',
                 dict(share=share))
 
 @rule('case', 'note')
 def _label_255(x):
-    if x.ids==[255]: yield Found('the label is 0 and 255, a black and white picture', 'pass --label_ids 255')
+    if x.ids==[255]:
+        yield Found('the label is 0 and 255, a black and white picture',
+                    'pass --label_ids 255')
 
 # %% ../nbs/15_doctor.ipynb #f4aeb6eb
 @rule('case', 'warning')
@@ -610,23 +660,28 @@ def _nothing_kept(x):
     else:
         why = f'it has none of the ids wanted ({_some(x.wanted.label_ids)}); it holds {_some(x.ids, 15)}'
         do = 'fine if the organ is not in this scan; else give another --label_ids'
-    yield Found(f'no slice of this case is kept: {why}', do, dict(ids=x.ids, reasons=count_drops(x.curated[1])))
+    yield Found(f'no slice of this case is kept: {why}', do,
+                dict(ids=x.ids, reasons=count_drops(x.curated[1])))
 
 # %% ../nbs/15_doctor.ipynb #e0d00021
 _R = 'pass --modality MR (or another name that is not CT), which scales by percentiles'
 
-def _values(x, digits:int=6)->str: return f'values from {x.span[0]:.{digits}g} to {x.span[1]:.{digits}g}'
+def _values(x, digits:int=6)->str:
+    return f'values from {x.span[0]:.{digits}g} to {x.span[1]:.{digits}g}'
 
 def _limits(x)->dict: return dict(low=x.span[0], high=x.span[1])
 
 @rule('case', 'error')
 def _constant_image(x):
-    if x.looks=='constant': yield Found(f'every voxel of the image is {x.span[0]:.6g}', 'bring the image again')
+    if x.looks=='constant':
+        yield Found(f'every voxel of the image is {x.span[0]:.6g}', 'bring the image again')
 
 @rule('case', 'error')
 def _window_8bit(x):
-    if not x.ct or x.image is None or x.image.array.dtype!=np.uint8 or x.looks in ('constant','label map'): return
-    yield Found(f'the image has 8-bit grey values (0 to 255) and the window {x.wanted.window!r} is in Hounsfield units',
+    if not x.ct or x.image is None or x.image.array.dtype!=np.uint8 or x.looks in ('constant','label map'):
+        return
+    yield Found('the image has 8-bit grey values (0 to 255) and the window '
+                f'{x.wanted.window!r} is in Hounsfield units',
                 'pass --modality Photo (or MR, XR, US), which scales by percentiles')
 
 # %% ../nbs/15_doctor.ipynb #2670a1aa
@@ -640,41 +695,51 @@ def _already_windowed(x):
 def _scaled(x):
     if not x.ct or x.looks not in ('0 to 1','standardised'): return
     yield Found(f'{_values(x, 4)}: this was scaled before, it is not in Hounsfield units; '
-                f'the window {x.wanted.window!r} makes it one grey', f'go back to the original scan, or {_R}', _limits(x))
+                f'the window {x.wanted.window!r} makes it one grey',
+                f'go back to the original scan, or {_R}',
+                _limits(x))
 
 # %% ../nbs/15_doctor.ipynb #d96e3fa7
 @rule('case', 'warning')
 def _shifted(x):
     if not x.ct or x.looks!='HU + 1024': return
     soft = np.median(x.values[x.values>=300])
-    yield Found(f'{_values(x)} with soft tissue near {soft:.0f}: Hounsfield units to which 1024 was added',
-                'subtract 1024 (a lost rescale intercept), or give a window of your own with --window', _limits(x))
+    yield Found(f'{_values(x)} with soft tissue near {soft:.0f}: Hounsfield units to '
+                f'which 1024 was added',
+                'subtract 1024 (a lost rescale intercept), or give a window of your own '
+                'with --window', _limits(x))
 
 @rule('case', 'warning')
 def _not_hu(x):
     if not x.ct or x.looks!='grey values': return
     yield Found(f'{_values(x)}, none below 0: this is not in Hounsfield units, '
-                f'and a CT window ({x.wanted.window!r}) would be laid over it', f'is it MR? Then {_R}', _limits(x))
+                f'and a CT window ({x.wanted.window!r}) would be laid over it',
+                f'is it MR? Then {_R}', _limits(x))
 
 @rule('case', 'warning')
 def _clipped(x):
     if not x.ct or x.looks!='HU clipped': return
     lo,hi = (f'{o:.6g}' for o in x.span)
-    yield Found(f'values end sharply at {lo} and {hi}: a window was applied and the rest is lost',
-                f'go back to the original scan, or use that window: --window={lo},{hi}', _limits(x))
+    yield Found(f'values end sharply at {lo} and {hi}: a window was applied and the rest '
+                f'is lost',
+                f'go back to the original scan, or use that window: --window={lo},{hi}',
+                _limits(x))
 
 # %% ../nbs/15_doctor.ipynb #e0d00051
 @rule('case', 'note')
 def _no_air(x):
     if not x.ct or x.looks!='HU without air': return
-    yield Found(f'{_values(x)}, no air: cropped to the inside of a body, or shifted', 'fine if it is cropped',
+    yield Found(f'{_values(x)}, no air: cropped to the inside of a body, or shifted',
+                'fine if it is cropped',
                 _limits(x))
 
 @rule('case', 'warning')
 def _hu_without_window(x):
     if x.ct or x.looks!='HU' or x.wanted.modality.upper()=='CT': return
-    yield Found(f'{_values(x)} look like Hounsfield units, and modality is {x.wanted.modality!r}, '
-                'so each scan would be scaled by its own percentiles', 'pass --modality CT', _limits(x))
+    yield Found(f'{_values(x)} look like Hounsfield units, and modality is '
+                f'{x.wanted.modality!r}, '
+                'so each scan would be scaled by its own percentiles',
+                'pass --modality CT', _limits(x))
 
 # %% ../nbs/15_doctor.ipynb #f80eeacf
 def _reaches_far(x)->bool:
@@ -688,19 +753,23 @@ def _outliers(x):
     if x.image is None or x.swapped or not _reaches_far(x): return
     lo,hi = x.span
     yield Found(f'values reach from {lo:.6g} to {hi:.6g}: metal, padding or damaged voxels',
-                'the window or the percentiles cut them off; look at the picture', _limits(x))
+                'the window or the percentiles cut them off; look at the picture',
+                _limits(x))
 
 # %% ../nbs/15_doctor.ipynb #91f91a42
 @rule('case', 'warning')
 def _saturated(x):
-    if not x.ct or not x.asked or x.errors or not x.looks.startswith('HU') or x.looks=='HU + 1024': return
+    if not x.ct or not x.asked or x.errors or not x.looks.startswith('HU') or x.looks=='HU + 1024':
+        return
     lo,hi = intensity_limits(x.image.array, x.wanted)
     v = x.image.array[np.isin(x.label.array, x.asked)]
     for share,side,limit in (((v<=lo).mean(), 'black', lo), ((v>=hi).mean(), 'white', hi)):
         if share<=.5: continue
         median = f'median {np.median(v):.0f}, limit {limit:.0f}'
-        yield Found(f'the window {x.wanted.window!r} makes {share:.0%} of the labelled voxels {side} ({median})',
-                    'choose a window in which the organ shows, such as --window=-1000,400 for lung',
+        yield Found(f'the window {x.wanted.window!r} makes {share:.0%} of the labelled '
+                    f'voxels {side} ({median})',
+                    'choose a window in which the organ shows, such as --window=-1000,400 '
+                    'for lung',
                     dict(share=float(share), limit=limit))
 
 @rule('case', 'error')
@@ -716,7 +785,9 @@ def guess_patients(
     "A pattern for `patient_of` where names share their first running number, like ABD_001_64 and ABD_001_74"
     split = [re.split(r'(\d+)', c) for c in cases]
     for k in range(1, min(map(len, split), default=0), 2):
-        if len({tuple(s[:k]) for s in split})>1: break # names differ before this number: no common shape
+        # names differ before this number: no common shape
+        if len({tuple(s[:k]) for s in split})>1:
+            break
         if len({s[k] for s in split})==1: continue # this number never changes
         pattern = '^'+re.escape(''.join(split[0][:k]))+r'(\d+)'
         who = defaultdict(list)
@@ -742,17 +813,21 @@ def _patient_pattern(f):
     fits = f.patients()
     for c in f.cases:
         if c.case in fits: continue
-        yield Found(f'the pattern {f.patient!r} finds no patient in this name', 'mend --patient, or rename the case',
+        yield Found(f'the pattern {f.patient!r} finds no patient in this name',
+                    'mend --patient, or rename the case',
                     {}, c.case)
 
 # %% ../nbs/15_doctor.ipynb #2ccd209d
 @rule('folder', 'warning')
 def _several_scans(f):
-    pattern,who = guess_patients([c.case for c in f.cases]) if f.patient is None else (None, {})
+    pattern,who = guess_patients([c.case
+                                  for c in f.cases]) if f.patient is None else (None, {})
     if not pattern: return
     p,most = max(who.items(), key=lambda o: len(o[1]))
-    yield Found(f'{len(f.cases)} cases look like {_many(len(who), "patient")}: {_some(most, 3)} would share number {p}',
-                f"if so, pass --patient '{pattern}', or one patient gets into training and into the test part",
+    yield Found(f'{len(f.cases)} cases look like {_many(len(who), "patient")}: '
+                f'{_some(most, 3)} would share number {p}',
+                f"if so, pass --patient '{pattern}', or one patient gets into training "
+                f'and into the test part',
                 dict(pattern=pattern, patients=len(who)))
 
 @rule('folder', 'warning')
@@ -771,15 +846,18 @@ def _plane_mixed(f):
     most = planes.most_common(1)[0][0]
     for r in f.rows:
         if r['plane'] in ('', most): continue
-        yield Found(f"it is sliced {r['plane']}, most others {most} (spacing {r['spacing']} mm)",
-                    'the model sees another view of the body; leave it out, or train on both on purpose',
+        yield Found(f"it is sliced {r['plane']}, most others {most} (spacing "
+                    f"{r['spacing']} mm)",
+                    'the model sees another view of the body; leave it out, or train on '
+                    'both on purpose',
                     dict(plane=r['plane']), r['case'])
 
 @rule('folder', 'warning')
 def _id_absent(f):
     for i in () if f.label_ids=='all' or not f.there else f.recipe.label_ids:
         if i in f.there: continue
-        yield Found(f'label id {i} is wanted and no label has it; there are {_some(f.there, 20)}',
+        yield Found(f'label id {i} is wanted and no label has it; there are '
+                    f'{_some(f.there, 20)}',
                     'give other ids with --label_ids', dict(id=i, there=f.there))
 
 # %% ../nbs/15_doctor.ipynb #06fc0036
@@ -790,7 +868,8 @@ def _id_lonely(f):
         if n>1: continue
         o = next(o for o in f.ids if o['id']==i)
         yield Found(f"label id {i} occurs in this case only ({o['voxels']} voxels)",
-                    'a slip of the pen, or an organ that the others lack? One case cannot be trained and tested on',
+                    'a slip of the pen, or an organ that the others lack? One case cannot '
+                    'be trained and tested on',
                     dict(id=i), o['case'])
 
 @rule('folder', 'warning')
@@ -802,8 +881,10 @@ def _small_organ(f):
         dropped = n-sum(o['kept'] for o in mine)
         if 2*dropped<=n: continue
         of = f"{_many(n, 'slice')} in {_many(len(mine), 'case')}"
-        yield Found(f'label {i} is under {f.recipe.min_pixels} px on {dropped} of its {of}; there it is dropped',
-                    'lower --min_pixels, or crop the images around the organ', dict(id=i, dropped=dropped, slices=n))
+        yield Found(f'label {i} is under {f.recipe.min_pixels} px on {dropped} of its '
+                    f'{of}; there it is dropped',
+                    'lower --min_pixels, or crop the images around the organ',
+                    dict(id=i, dropped=dropped, slices=n))
 
 # %% ../nbs/15_doctor.ipynb #b697b09f
 @rule('folder', 'error')
@@ -811,26 +892,32 @@ def _no_slice_kept(f):
     if not f.seen or any(r['kept'] for r in f.rows): return
     wanted = 'all' if f.label_ids=='all' else _some(f.recipe.label_ids)
     yield Found('no slice of any case would be kept',
-                f"the ids wanted are {wanted}; the labels hold {_some(f.there, 20) or 'none'}")
+                f'the ids wanted are {wanted}; the labels hold '
+                f"{_some(f.there, 20) or 'none'}")
 
 @rule('folder', 'note')
 def _label_default(f):
     if f.label_ids!='all' or not f.there or 9 in f.there: return
     ids = f.there[0] if len(f.there)==1 else 'all, or the ids you want'
-    yield Found(f'medsam_curate takes label 9 unless told otherwise; the labels here hold {_some(f.there, 20)}',
+    yield Found('medsam_curate takes label 9 unless told otherwise; the labels here hold '
+                f'{_some(f.there, 20)}',
                 f'pass --label_ids {ids}', dict(ids=f.there))
 
 @rule('folder', 'error')
 def _disk(f):
     need,free = f.needs.get('bytes', 0),f.needs.get('free_bytes', 0)
     if need<=free: return
-    yield Found(f'the run needs {need/1e9:.1f} GB and the disk of the project has {free/1e9:.1f} GB free',
-                'make room, set MEDSAM_NB_HOME to another disk, or embed with --dtype uint8, which halves the embeddings',
+    yield Found(f'the run needs {need/1e9:.1f} GB and the disk of the project has '
+                f'{free/1e9:.1f} GB free',
+                'make room, set MEDSAM_NB_HOME to another disk, or embed with --dtype '
+                'uint8, which halves the '
+                'embeddings',
                 dict(need=need, free=free))
 
 @rule('folder', 'note')
 def _not_measured(f):
-    if 'error' in f.needs: yield Found(f"time and disk could not be measured: {f.needs['error']}")
+    if 'error' in f.needs:
+        yield Found(f"time and disk could not be measured: {f.needs['error']}")
 
 # %% ../nbs/15_doctor.ipynb #e0d0002a
 def _packed(arrays:dict, n:int=4)->dict:
@@ -848,7 +935,8 @@ def _packed(arrays:dict, n:int=4)->dict:
 def _sample(x:Exam)->dict:
     "What `measure` needs of a curated case"
     a = x.curated[0]
-    return dict(_packed(a), imgs=a['imgs'][:2], content=fit_shape(a['source_shape'][1:], x.wanted.size, x.wanted.fit))
+    return dict(_packed(a), imgs=a['imgs'][:2],
+                content=fit_shape(a['source_shape'][1:], x.wanted.size, x.wanted.fit))
 
 # %% ../nbs/15_doctor.ipynb #ee8c3b33
 def _time_embedding(samples:list, model:str, checkpoint, device)->dict:
@@ -863,7 +951,8 @@ def _time_embedding(samples:list, model:str, checkpoint, device)->dict:
         start = time.perf_counter()
         emb = encode(sam, im[None], content).cpu().numpy().astype(np.float16)
         took.append(time.perf_counter()-start)
-    return dict(seconds=float(np.median(took[1:])), bytes=emb.nbytes, model=sam.name, device=str(sam.pixel_mean.device))
+    return dict(seconds=float(np.median(took[1:])), bytes=emb.nbytes, model=sam.name,
+                device=str(sam.pixel_mean.device))
 
 # %% ../nbs/15_doctor.ipynb #10b2535a
 def measure(
@@ -879,7 +968,8 @@ def measure(
     npz = int(np.mean([s['bytes'] for s in samples])*kept)
     packing = float(np.mean([s['seconds'] for s in samples])*kept)
     place = next(p for p in (data_dir(), *data_dir().parents) if p.exists())
-    return dict(slices=kept, npz_bytes=npz, embedding_bytes=int(one['bytes']*kept), bytes=int(npz+one['bytes']*kept),
+    return dict(slices=kept, npz_bytes=npz, embedding_bytes=int(one['bytes']*kept),
+                bytes=int(npz+one['bytes']*kept),
                 free_bytes=shutil.disk_usage(place).free, curate_seconds=seconds+packing,
                 embed_seconds=one['seconds']*kept, embed_seconds_per_slice=one['seconds'],
                 model=one['model'], device=one['device'])
@@ -899,7 +989,8 @@ def _uncurated(x:Exam)->tuple:
         lab = np.where(np.isin(x.label.array, x.asked), x.label.array, 0)
         z = _middle(lab>0)
     recipe = x.wanted
-    if not x.ct or x.image.array.dtype==np.uint8: recipe = replace(recipe, modality='any', window=None)
+    if not x.ct or x.image.array.dtype==np.uint8:
+        recipe = replace(recipe, modality='any', window=None)
     im = normalize(x.image.array[z], recipe)
     return f'{name} z={z} {x.status}', im, None if lab is None else lab[z].astype(int)
 
@@ -909,7 +1000,8 @@ def _thumbnail(x:Exam)->tuple:
     a = x.curated[0]
     if not a: return _uncurated(x)
     i = _middle(a['gts']>0)
-    return f"{x.case.case} z={a['z'][i]}", a['imgs'][i], np.array([0, *a['label_ids']])[a['gts'][i]]
+    return f"{x.case.case} z={a['z'][i]}", a['imgs'][i], np.array([0,
+                                                                   *a['label_ids']])[a['gts'][i]]
 
 # %% ../nbs/15_doctor.ipynb #f86cf59a
 def _enlarged(im:np.ndarray, mask)->tuple:
@@ -947,7 +1039,8 @@ def _clock(s:float)->str:
 def _wrap(text:str, indent:int)->str:
     "Lines of at most 118 columns"
     pad = ' '*indent
-    return textwrap.fill(text, 118, initial_indent=pad, subsequent_indent=pad, break_long_words=False,
+    return textwrap.fill(text, 118, initial_indent=pad, subsequent_indent=pad,
+                         break_long_words=False,
                          break_on_hyphens=False)
 
 def _plain(o):
@@ -955,11 +1048,13 @@ def _plain(o):
     return o.tolist() if isinstance(o, (np.ndarray, np.generic)) else str(o)
 
 # %% ../nbs/15_doctor.ipynb #e0d0004d
-def _records(t:pd.DataFrame)->list: return json.loads(t.to_json(orient='records', default_handler=str))
+def _records(t:pd.DataFrame)->list:
+    return json.loads(t.to_json(orient='records', default_handler=str))
 
 _FINDING = ['level','code','case','message','do','values']
 _ORGAN = ['id','wanted','cases','voxels','ml_min','ml_max','slices','kept']
 
+# %% ../nbs/15_doctor.ipynb #3a7c94fd
 @dataclass(repr=False)
 class Report:
     "What `examine` found: findings, tables, needs and pictures"
@@ -978,13 +1073,15 @@ class Report:
     @property
     def exit_code(self)->int: return int(bool(self.errors)) # 1 with errors, else 0
     @property
-    def table(self)->pd.DataFrame: return pd.DataFrame([asdict(o) for o in self.findings], columns=_FINDING)
+    def table(self)->pd.DataFrame:
+        return pd.DataFrame([asdict(o) for o in self.findings], columns=_FINDING)
     @property
     def organs(self)->pd.DataFrame:
         "A row per label id: cases, voxels, ml and slices"
         if not len(self.labels): return pd.DataFrame(columns=_ORGAN)
         g = self.labels.groupby('id')
-        sums = dict(wanted=g.wanted.first(), cases=g.case.nunique(), voxels=g.voxels.sum(), ml_min=g.ml.min(),
+        sums = dict(wanted=g.wanted.first(), cases=g.case.nunique(), voxels=g.voxels.sum(),
+                    ml_min=g.ml.min(),
                     ml_max=g.ml.max(),
                     slices=g.slices.sum(), kept=g.kept.sum())
         return pd.DataFrame(sums).reset_index()
@@ -996,7 +1093,8 @@ class Report:
         size:float=1.7, # width of a picture in inches
     ):
         "The sheet of thumbnails: a row per case with the slice, its outlines and the organ; the matplotlib figure"
-        if not self.thumbnails: raise InputError('there is nothing to show: no case was examined')
+        if not self.thumbnails:
+            raise InputError('there is nothing to show: no case was examined')
         ims,titles,masks = [],[],[]
         for title,im,mask in self.thumbnails[:n]:
             titles += [title, '', '']
@@ -1008,9 +1106,12 @@ class Report:
     def to_json(self)->str:
         "Findings, tables, needs and recipe as JSON"
         f = self.folder
-        out = dict(images=str(f.images), labels_folder=str(f.labels), counts={k:len(self.of(k)) for k in LEVELS},
-                   findings=[asdict(o) for o in self.findings], cases=_records(self.cases), labels=_records(self.labels),
-                   needs=self.needs, recipe=json.loads(f.recipe.to_json()), label_ids=f.label_ids)
+        out = dict(images=str(f.images), labels_folder=str(f.labels),
+                   counts={k:len(self.of(k)) for k in LEVELS},
+                   findings=[asdict(o) for o in self.findings], cases=_records(self.cases),
+                   labels=_records(self.labels),
+                   needs=self.needs, recipe=json.loads(f.recipe.to_json()),
+                   label_ids=f.label_ids)
         return json.dumps(out, indent=1, default=_plain)
 
     def save(self,
@@ -1030,7 +1131,8 @@ def _window_text(w)->str:
     if w is None: return 'percentile'
     return w if isinstance(w, str) else ','.join(f'{o:g}' for o in w)
 
-def _pairs_text(v): return ','.join(f'{a}={b}' for a,b in v.items()) if isinstance(v, dict) else v
+def _pairs_text(v):
+    return ','.join(f'{a}={b}' for a,b in v.items()) if isinstance(v, dict) else v
 
 # %% ../nbs/15_doctor.ipynb #7721152e
 def _next_command(f:Folder)->str:
@@ -1040,9 +1142,12 @@ def _next_command(f:Folder)->str:
     if ids=='all' and len(f.there)==1: ids = str(*f.there)
     text = ['medsam_curate', str(f.images), str(f.labels), '--label_ids', ids]
     if r.window!=d.window: text.append('--window='+_window_text(r.window))
-    opts = dict(modality=(r.modality, 'CT'), patient=(f.patient, None), image_suffix=(f.suffix, '_0000'))
-    for k in ('low','high','size','min_pixels','fit','flip'): opts[k] = getattr(r, k),getattr(d, k)
-    for k,v in dict(series=f.series, ids=f.given, colors=f.colors).items(): opts[k] = _pairs_text(v),None
+    opts = dict(modality=(r.modality, 'CT'), patient=(f.patient, None),
+                image_suffix=(f.suffix, '_0000'))
+    for k in ('low','high','size','min_pixels','fit','flip'):
+        opts[k] = getattr(r, k),getattr(d, k)
+    for k,v in dict(series=f.series, ids=f.given, colors=f.colors).items():
+        opts[k] = _pairs_text(v),None
     for k,(v,default) in opts.items():
         if v!=default: text += [f'--{k}', str(v)]
     return shlex.join(text)
@@ -1058,13 +1163,15 @@ def _grouped(findings:list):
         for o in os[:2]:
             who = f'{o.case}: ' if len(os)>1 and o.case else ''
             yield _wrap(who+o.message, 4)
-        if len(os)>2: yield f'    … and {len(os)-2} more like this (all of them: .findings, or --json)'
+        if len(os)>2:
+            yield f'    … and {len(os)-2} more like this (all of them: .findings, or --json)'
         if os[0].do: yield _wrap(f'do: {os[0].do}', 4)
 
 # %% ../nbs/15_doctor.ipynb #c6808697
 def _counted(values, **other)->str:
     "How often each value occurs, in words"
-    return ', '.join(f'{k} ({v})' for k,v in values.replace({'':'unknown', **other}).value_counts().items())
+    return ', '.join(f'{k} ({v})' for k,v in values.replace({'':'unknown',
+                                                             **other}).value_counts().items())
 
 def _told_cases(c:pd.DataFrame):
     "What would be kept of the cases, and what they look like"
@@ -1074,7 +1181,8 @@ def _told_cases(c:pd.DataFrame):
     kept = f"{_many(c.kept.sum(), 'slice')} of {_many((c.kept>0).sum(), 'case')} kept"
     failed = _many((c.status=='failed').sum(), 'case')
     yield _wrap(f'{kept}, {c.dropped.sum()} dropped, {failed} failed. Left out: {left}', 2)
-    yield _wrap(f"sliced {_counted(c.plane, image='as 2-D pictures')}; values look like {_counted(c.looks_like)}", 2)
+    yield _wrap(f"sliced {_counted(c.plane, image='as 2-D pictures')}; values look like "
+                f'{_counted(c.looks_like)}', 2)
 
 # %% ../nbs/15_doctor.ipynb #26734ab0
 def _told_organs(r):
@@ -1086,16 +1194,19 @@ def _told_organs(r):
         where = f"in {o.cases} of {_many(len(r.cases), 'case')}, {_many(o.slices, 'slice')}"
         yield _wrap(f'label {o.id}: {where}, {much}, {o.kept} kept', 2)
     if len(organs)>15: yield f'  and {len(organs)-15} labels more (.organs)'
-    if len(organs)<len(r.organs): yield _wrap(f'labels that are not wanted: {_some(r.organs.id[~wanted], 20)}', 2)
+    if len(organs)<len(r.organs):
+        yield _wrap(f'labels that are not wanted: {_some(r.organs.id[~wanted], 20)}', 2)
 
 # %% ../nbs/15_doctor.ipynb #71eccc14
 def _told_needs(d:dict):
     "Disk and time"
     if 'bytes' not in d: return
-    yield _wrap(f"disk: about {_gb(d['npz_bytes'])} for slices and {_gb(d['embedding_bytes'])} for embeddings; "
+    yield _wrap(f"disk: about {_gb(d['npz_bytes'])} for slices and "
+                f"{_gb(d['embedding_bytes'])} for embeddings; "
                 f"{_gb(d['free_bytes'])} are free", 2)
     curate,embed = _clock(d['curate_seconds']),_clock(d['embed_seconds'])
-    yield _wrap(f"time: about {curate} to curate and {embed} to embed with {d['model']} on {d['device']} "
+    yield _wrap(f"time: about {curate} to curate and {embed} to embed with {d['model']} "
+                f"on {d['device']} "
                 f"({d['embed_seconds_per_slice']:.2g} s a slice)", 2)
 
 def _letter(r:Report):
@@ -1103,13 +1214,17 @@ def _letter(r:Report):
     f,c = r.folder,r.cases
     counts = ', '.join(_many(len(r.of(k)), k) for k in LEVELS)
     yield f"{f.images} + {f.labels}: {_many(len(c), 'case')}, {counts}"
-    if f.guessed: yield _wrap('Nothing pairs as it is; the cases below are a guess from similar names.', 0)
+    if f.guessed:
+        yield _wrap('Nothing pairs as it is; the cases below are a guess from similar '
+                    'names.', 0)
     for k,what in LEVELS.items():
         if r.of(k): yield from ('', f'{k.capitalize()}s: {what}', *_grouped(r.of(k)))
     if not len(c): return
     yield from ('', 'What medsam_curate would do with it')
     yield from (*_told_cases(c), *_told_organs(r), *_told_needs(r.needs))
-    yield from ('', f"{'When the errors are mended' if r.errors else 'Next'}: {_next_command(f)}")
+    yield from ('',
+                f"{'When the errors are mended' if r.errors else 'Next'}: "
+                f'{_next_command(f)}')
 
 # %% ../nbs/15_doctor.ipynb #e0d00031
 def _reading(f:Folder)->dict:
@@ -1119,13 +1234,15 @@ def _reading(f:Folder)->dict:
     except InputError as e:
         f.clash = _words(e)
         return {c:dict(series=f.series, colors=f.colors) for c in found}
-    return {c:_how_to_read(pairs, ids, f.given, f.series, f.colors) for c,pairs in found.items()}
+    return {c:_how_to_read(pairs, ids, f.given, f.series, f.colors) for c,
+            pairs in found.items()}
 
 def _geometry_row(im)->dict:
     "What a case's row says about its image"
     if im is None: return dict(shape=None, spacing=None, plane='', dtype='', hash='')
     mm = tuple(round(float(o), 4) for o in im.spacing)
-    return dict(shape=im.shape, spacing=mm, plane=im.source.plane, dtype=str(im.array.dtype),
+    return dict(shape=im.shape, spacing=mm, plane=im.source.plane,
+                dtype=str(im.array.dtype),
                 hash=sha256_array(im.array))
 
 # %% ../nbs/15_doctor.ipynb #97324b62
@@ -1137,8 +1254,10 @@ def _row(x:Exam)->dict:
     dropped = 0 if failed else x.label.shape[0]-x.kept
     reasons = dict(error=next(iter(x.errors.values()))) if failed else count_drops(drops)
     code = next(iter(x.codes.values()), '') if failed else ''
-    return dict(case=x.case.case, image=x.case.image.name, label=x.case.label.name, low=lo, high=hi, looks_like=x.looks,
-                kept=x.kept, dropped=dropped, reasons=reasons, status=x.status, code=code, **_geometry_row(x.image))
+    return dict(case=x.case.case, image=x.case.image.name, label=x.case.label.name, low=lo,
+                high=hi, looks_like=x.looks,
+                kept=x.kept, dropped=dropped, reasons=reasons, status=x.status, code=code,
+                **_geometry_row(x.image))
 
 # %% ../nbs/15_doctor.ipynb #9bf9f3e4
 def _label_rows(x:Exam)->list:
@@ -1147,10 +1266,13 @@ def _label_rows(x:Exam)->list:
     no_mm = x.label is None or x.label.source.plane=='image'
     mm3 = np.nan if no_mm else float(np.prod(x.label.spacing))
     kept = {}
-    if arrays: kept = {int(i):int((arrays['gts']==k).any((1,2)).sum()) for k,i in enumerate(arrays['label_ids'], 1)}
+    if arrays:
+        kept = {int(i):int((arrays['gts']==k).any((1,2)).sum()) for k,
+                i in enumerate(arrays['label_ids'], 1)}
     def one(i):
         on,n = x.counts.index[x.counts[i]>0],x.counts[i].sum()
-        return dict(case=x.case.case, id=i, wanted=i in x.asked, voxels=int(n), ml=n*mm3/1000, slices=len(on),
+        return dict(case=x.case.case, id=i, wanted=i in x.asked, voxels=int(n),
+                    ml=n*mm3/1000, slices=len(on),
                     first=int(on[0]), last=int(on[-1]), kept=kept.get(i, 0))
     return [one(i) for i in x.ids[:300]]
 
@@ -1169,7 +1291,8 @@ def _wanted(recipe, label_ids, kwargs:dict)->tuple: # recipe, ids or 'all'
 def _check_pattern(patient):
     "Raise unless a pattern for patients is a regular expression"
     try: re.compile(patient or '')
-    except re.error as e: raise InputError(f'patient pattern {patient!r} is not a regular expression: {e}') from None
+    except re.error as e:
+        raise InputError(f'patient pattern {patient!r} is not a regular expression: {e}') from None
 
 # %% ../nbs/15_doctor.ipynb #bbb408e0
 def _visit(f:Folder, quick:bool, progress:bool)->tuple: # findings, thumbnails, samples, seconds
@@ -1220,10 +1343,13 @@ def examine(
     f.colors = colors and check_colors(colors)
     found,thumbs,samples,seconds = _visit(f, quick, progress)
     if samples:
-        try: f.needs = measure(samples, sum(r['kept'] for r in f.rows), seconds, model, checkpoint, device)
+        try:
+            f.needs = measure(samples, sum(r['kept'] for r in f.rows), seconds, model,
+                              checkpoint, device)
         except InputError as e: f.needs = dict(error=_words(e))
     found = sorted(found+_ask('folder', f), key=lambda o: list(LEVELS).index(o.level))
-    return Report(f, found, pd.DataFrame(f.rows, columns=_CASES), pd.DataFrame(f.ids, columns=_LABELS), f.needs, thumbs)
+    return Report(f, found, pd.DataFrame(f.rows, columns=_CASES),
+                  pd.DataFrame(f.ids, columns=_LABELS), f.needs, thumbs)
 
 # %% ../nbs/15_doctor.ipynb #e0d00040
 def _outside(path, images, labels, what:str, own:bool, overwrite:bool):
@@ -1231,11 +1357,13 @@ def _outside(path, images, labels, what:str, own:bool, overwrite:bool):
     p = Path(path).expanduser().resolve()
     for d in (images, labels):
         if not p.is_relative_to(Path(d).resolve()): continue
-        raise InputError(f'{what} {path} lies in {d}: the doctor writes nothing into the data, '
+        raise InputError(f'{what} {path} lies in {d}: the doctor writes nothing into the '
+                         'data, '
                          'so give a name elsewhere')
     if p.is_dir(): raise InputError(f'{what} {path} is a folder: give the name of a file')
     if p.exists() and not (own or overwrite):
-        raise InputError(f'{what} {path} exists already: give another name, or pass --overwrite')
+        raise InputError(f'{what} {path} exists already: give another name, or pass '
+                         f'--overwrite')
 
 # %% ../nbs/15_doctor.ipynb #b3cc0181
 def _sheet_name(images)->Path:
@@ -1269,6 +1397,7 @@ def medsam_doctor(
     if res.thumbnails: say(f'\npictures: {res.save(sheet, overwrite=True)}')
     if json=='-': print(res.to_json())
     elif json is not None:
-        with atomic_path(json, overwrite=overwrite) as part: part.write_text(res.to_json(), encoding='utf-8')
+        with atomic_path(json, overwrite=overwrite) as part:
+            part.write_text(res.to_json(), encoding='utf-8')
         say(f'findings: {json}')
     return res

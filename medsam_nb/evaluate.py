@@ -30,6 +30,7 @@ from .view import Grid
 SLACKS = (-5, 0, 5, 10, 15, 20)
 _BOX = dict(i=int, z=int, label=int, slack=float, x0=float, y0=float, x1=float, y1=float)
 
+# %% ../nbs/12_evaluate.ipynb #ebb01406
 def draw_boxes(
     case:CuratedCase, # as read by `read_npz`
     slacks=SLACKS, # pixels of the grid; < 0 inward, 0 tight
@@ -46,7 +47,9 @@ def draw_boxes(
                 box = slack_box(tight, gt.shape, s, rng)
                 rows.append((case.case, i, case.z[i], label, s, *box))
     boxes = pd.DataFrame(rows, columns=['case',*_BOX]).astype(_BOX)
-    return boxes if wanted is None else boxes[boxes.label.isin(wanted)].reset_index(drop=True)
+    if wanted is None: return boxes
+    mine = boxes.label.isin(wanted)
+    return boxes[mine].reset_index(drop=True)
 
 # %% ../nbs/12_evaluate.ipynb #98295e39
 def _logits(sam, emb, boxes, size):
@@ -56,17 +59,20 @@ def _logits(sam, emb, boxes, size):
     with torch.inference_mode():
         for i,rows in boxes.reset_index(drop=True).groupby('i'):
             corners = rows[['x0','y0','x1','y1']].to_numpy(np.float32)
-            prompts = torch.from_numpy(grid.to_model(corners, sam.image_encoder.img_size))
-            e = torch.from_numpy(emb[int(i)])[None]
-            logits,_ = decode(sam, e.to(device), prompts.to(device))
+            prompts = grid.to_model(corners, sam.image_encoder.img_size)
+            e = torch.from_numpy(emb[int(i)])[None].to(device)
+            logits,_ = decode(sam, e, torch.from_numpy(prompts).to(device))
             out[rows.index] = logits[:,0].float().cpu().numpy()
     return out
 
 # %% ../nbs/12_evaluate.ipynb #3853a1fe
 def _on_grid(logits, size):
     "(n,size,size) bool masks on the curated grid"
-    return (Grid((size,size), size).mask_from_grid(torch.from_numpy(logits))>0).numpy()
+    grid = Grid((size,size), size)
+    masks = grid.mask_from_grid(torch.from_numpy(logits))
+    return (masks>0).numpy()
 
+# %% ../nbs/12_evaluate.ipynb #56dece4b
 def _on_source(logits, z, case):
     "(D,H,W) bool volume on the source grid; slices without a prediction stay empty"
     out = np.zeros(case.labels.shape, bool)
@@ -75,18 +81,23 @@ def _on_source(logits, z, case):
         out[k] = (m>0).numpy()
     return out
 
-# %% ../nbs/12_evaluate.ipynb #3be81de2
+# %% ../nbs/12_evaluate.ipynb #36dfd51f
 def _grid_scores(logits, gt, tolerance):
     "Scores on the curated slices, in grid pixels"
-    d,n = score(_on_grid(logits, gt.shape[-1]), gt, (1,1,1), tolerance)
+    masks = _on_grid(logits, gt.shape[-1])
+    d,n = score(masks, gt, (1,1,1), tolerance)
     return dict(DSC_256=d, NSD_256=n)
 
+# %% ../nbs/12_evaluate.ipynb #7271114b
 def _source_scores(logits, z, case, value, tolerance):
     "Scores on the source, in mm, and how many slices of the organ have no prediction"
-    if case.labels is None: return dict(missed=0, DSC=np.nan, NSD=np.nan)
+    if case.labels is None:
+        return dict(missed=0, DSC=np.nan, NSD=np.nan)
     truth = case.labels==value
-    d,n = score(_on_source(logits, z, case), truth, case.spacing or (1,1,1), tolerance)
-    return dict(missed=int(truth.any((1,2)).sum())-len(z), DSC=d, NSD=n)
+    slices = int(truth.any((1,2)).sum())
+    masks = _on_source(logits, z, case)
+    d,n = score(masks, truth, case.spacing or (1,1,1), tolerance)
+    return dict(missed=slices-len(z), DSC=d, NSD=n)
 
 # %% ../nbs/12_evaluate.ipynb #2a0f677e
 def evaluate_case(
@@ -97,12 +108,15 @@ def evaluate_case(
     tolerance:float=1., # of NSD, mm (pixels for NSD_256)
 )->list: # of dicts: case, label, slack, slices, missed, DSC, NSD, DSC_256, NSD_256
     "Score one decoder on one case for every label and slack in `boxes`"
+    boxes = boxes.reset_index(drop=True)
     rows,logits = [],_logits(sam, emb, boxes, case.gts.shape[-1])
-    for (label,slack),b in boxes.reset_index(drop=True).groupby(['label','slack']):
-        value,mine = case.label_ids.index(label)+1,logits[b.index]
+    for (label,slack),b in boxes.groupby(['label','slack']):
+        value = case.label_ids.index(label)+1
+        mine,gt = logits[b.index],case.gts[b.i]==value
         row = dict(case=case.case, label=int(label), slack=slack, slices=len(b))
         row |= _source_scores(mine, b.z, case, value, tolerance)
-        rows.append(row|_grid_scores(mine, case.gts[b.i]==value, tolerance))
+        row |= _grid_scores(mine, gt, tolerance)
+        rows.append(row)
     return rows
 
 # %% ../nbs/12_evaluate.ipynb #656a81e2
@@ -113,11 +127,13 @@ def bootstrap_mean(
 )->tuple[float,float,float]: # mean, lower and upper end of the 95 % percentile interval
     "Mean over patients and its bootstrap interval; with one patient the interval is NaN"
     x = np.asarray(x, float)
-    if len(x)<2: return float(x.mean()), np.nan, np.nan
-    means = np.random.default_rng(seed).choice(x, (n,len(x))).mean(1)
-    return float(x.mean()), *map(float, np.percentile(means, [2.5,97.5]))
+    mean = float(x.mean())
+    if len(x)<2: return mean, np.nan, np.nan
+    drawn = np.random.default_rng(seed).choice(x, (n,len(x)))
+    lo,hi = np.percentile(drawn.mean(1), [2.5,97.5])
+    return mean, float(lo), float(hi)
 
-# %% ../nbs/12_evaluate.ipynb #7885e99f
+# %% ../nbs/12_evaluate.ipynb #748402b8
 def paired_test(
     a:np.ndarray, # (n,) one value per patient
     b:np.ndarray, # (n,) the same patients
@@ -126,7 +142,7 @@ def paired_test(
     d = np.asarray(b, float)-np.asarray(a, float)
     return float(wilcoxon(d).pvalue) if d.any() else 1.
 
-# %% ../nbs/12_evaluate.ipynb #8b802379
+# %% ../nbs/12_evaluate.ipynb #a8acad17
 def _score_case(case, patient, models, emb, boxes, tolerance):
     "Rows of eval.csv for one case: each decoder, label and slack"
     rows = []
@@ -141,21 +157,25 @@ def per_patient(
     metric:str='DSC', # DSC, NSD, DSC_256 or NSD_256
 )->pd.DataFrame: # index patient and slack, a column per decoder
     "Mean over a patient's cases and labels"
-    means = scores.groupby(['patient','slack','decoder'], sort=False)[metric].mean()
-    return means.unstack('decoder')[list(dict.fromkeys(scores.decoder))]
+    groups = scores.groupby(['patient','slack','decoder'], sort=False)
+    means = groups[metric].mean().unstack('decoder')
+    return means[list(dict.fromkeys(scores.decoder))]
 
-# %% ../nbs/12_evaluate.ipynb #3c7db619
+# %% ../nbs/12_evaluate.ipynb #a22df43a
 def _interval(x):
     "Mean and interval as words"
-    if len(x)<2: return f'{np.mean(x):.3f} (one patient)'
-    return '{:.3f} ({:.3f} to {:.3f})'.format(*bootstrap_mean(x))
+    m,lo,hi = bootstrap_mean(x)
+    return f'{m:.3f} ({lo:.3f} to {hi:.3f})' if len(x)>1 else f'{m:.3f} (one patient)'
 
+# %% ../nbs/12_evaluate.ipynb #b4f78d5b
 def _compare(t):
     "Difference and p of two decoders as words; of one decoder there is none"
     if len(t.columns)!=2: return {}
     a,b = (t[name] for name in t)
-    return dict(difference=f'{(b-a).mean():+.3f}', p=f'{paired_test(a, b):.3g}')
+    more,p = (b-a).mean(),paired_test(a, b)
+    return dict(difference=f'{more:+.3f}', p=f'{p:.3g}')
 
+# %% ../nbs/12_evaluate.ipynb #3820e281
 def summarize(
     scores:pd.DataFrame, # rows of eval.csv
     metrics=('DSC','NSD'), # columns of it
@@ -166,8 +186,10 @@ def summarize(
     for metric,slack in product(metrics, slacks):
         t = per_patient(scores[scores.slack==slack], metric).dropna()
         if not len(t): continue
-        row = {'metric':metric, 'box slack':slack} | {name:_interval(t[name]) for name in t}
-        rows.append(row | _compare(t) | {'patients':len(t)})
+        row = {'metric':metric, 'box slack':slack}
+        row |= {name:_interval(t[name]) for name in t}
+        row |= _compare(t)
+        rows.append(row|{'patients':len(t)})
     return pd.DataFrame(rows)
 
 # %% ../nbs/12_evaluate.ipynb #308ee50d
@@ -203,43 +225,50 @@ class Evaluation:
     part:str='test' # of the curated folder
 
     def __repr__(self):
-        cases,patients = self.scores.case.nunique(),self.scores.patient.nunique()
-        return f'Evaluation({self.what}: {cases} cases of {patients} patients, {self.run.name})\n{self.table()}'
+        t = self.scores
+        n,patients = t.case.nunique(),t.patient.nunique()
+        head = f'Evaluation({self.what}: {n} cases of {patients} patients, {self.run.name})'
+        return f'{head}\n{self.table()}'
 
     def table(self, **kwargs): return summarize(self.scores, **kwargs)
 
     def show(self, ax=None, metric='DSC'):
         return show_curve(self.scores, metric, ax, f'{self.what} results, oracle boxes')
 
-# %% ../nbs/12_evaluate.ipynb #678ee7c9
+# %% ../nbs/12_evaluate.ipynb #081f3414
 @patch
 def masks(self:Evaluation, box):
     "The curated slice of a row of `boxes`, its ground truth, and each decoder's mask"
     case,i = read_npz(self.files[box.case]),int(box.i)
     emb,row = self.store.open_case(case),pd.DataFrame([box])
     gt = case.gts[i]==case.label_ids.index(int(box.label))+1
-    size = len(gt)
-    drawn = {name:_on_grid(_logits(m, emb, row, size), size)[0] for name,m in self.models.items()}
-    return case.imgs[i], gt, drawn
+    size,found = len(gt),{}
+    for name,m in self.models.items():
+        logits = _logits(m, emb, row, size)
+        found[name] = _on_grid(logits, size)[0]
+    return case.imgs[i], gt, found
 
+# %% ../nbs/12_evaluate.ipynb #461d5558
 @patch
 def show_box(self:Evaluation, box):
     "Original, oracle box, ground truth and both masks for one row of `boxes`"
     im,gt,masks = self.masks(box)
     corners = box[['x0','y0','x1','y1']].to_numpy(np.float32)
-    fig = show_panels(im, corners, gt, {f'{name}: DSC {dsc(m, gt):.2f}':m for name,m in masks.items()})
-    about = f'slice {box.z:g}, label {box.label:g}, slack {box.slack:g} px'
-    fig.suptitle(f'{self.what} {box.case}, {about}', fontsize=9)
+    scored = {f'{name}: DSC {dsc(m, gt):.2f}':m for name,m in masks.items()}
+    fig = show_panels(im, corners, gt, scored)
+    about = f'slice {box.z}, label {box.label}'
+    fig.suptitle(f'{self.what} {box.case}, {about}, slack {box.slack:g} px', fontsize=9)
     return fig
 
-# %% ../nbs/12_evaluate.ipynb #5d850f6f
+# %% ../nbs/12_evaluate.ipynb #1a20c9b9
 @patch
 def worst(self:Evaluation, n=3, slack=20):
     "Rows of `boxes`: the `n` slices with the lowest DSC of the last decoder, out of its `n` lowest cases"
     last = list(self.models)[-1]
-    here = self.scores[(self.scores.slack==slack)&(self.scores.decoder==last)]
-    low = here.nsmallest(n, 'DSC_256')[['case','label']]
-    boxes = self.boxes[self.boxes.slack==slack].merge(low)
+    scores = self.scores[self.scores.decoder==last]
+    here = scores[scores.slack==slack].nsmallest(n, 'DSC_256')
+    boxes = self.boxes[self.boxes.slack==slack]
+    boxes = boxes.merge(here[['case','label']])
     found = []
     for _,box in boxes.iterrows():
         _,gt,masks = self.masks(box)
@@ -249,19 +278,26 @@ def worst(self:Evaluation, n=3, slack=20):
 # %% ../nbs/12_evaluate.ipynb #432ee9b9
 def _named(name, part):
     "boxes.csv for the test part, boxes_train.csv for the other"
-    return name if part=='test' else f'{Path(name).stem}_{part}{Path(name).suffix}'
+    stem,ext = name.split('.')
+    return name if part=='test' else f'{stem}_{part}.{ext}'
 
+# %% ../nbs/12_evaluate.ipynb #04e39902
 def _stored_boxes(path, cases, slacks, label_ids, seed):
     "boxes.csv: read if it is there, else drawn and written; a box once drawn stays"
-    new = pd.concat([draw_boxes(c, slacks, label_ids, seed) for c in cases], ignore_index=True)
-    if not len(new): raise InputError(f'the cases hold none of the labels {label_ids}: '
-                                      f'they were curated with {list(cases[0].label_ids)}')
+    drawn = [draw_boxes(c, slacks, label_ids, seed) for c in cases]
+    new = pd.concat(drawn, ignore_index=True)
+    if not len(new):
+        raise InputError(f'the cases hold none of the labels {label_ids}: '
+                         f'they were curated with {list(cases[0].label_ids)}')
     if not path.exists():
-        with atomic_path(path) as p: new.to_csv(p, index=False, float_format='%.4f')
+        with atomic_path(path) as p:
+            new.to_csv(p, index=False, float_format='%.4f')
         return new.round(4)
     old = pd.read_csv(path, dtype={'case':str}, keep_default_na=False)
     key = ['case','i','z','label','slack']
-    if old[key].astype(str).equals(new[key].astype(str)): return old.astype(new[key[1:]].dtypes)
+    there,wanted = old[key].astype(str),new[key].astype(str)
+    if there.equals(wanted):
+        return old.astype(new[key[1:]].dtypes)
     raise InputError(f'{path} was drawn for other cases, labels or slacks than these: '
                      'delete it to draw new boxes, or evaluate into another run')
 
@@ -270,10 +306,12 @@ def _no_leak(cases, cfg, folder):
     "Raise if a test patient was trained or validated on in this run"
     patients = {folder.patient(c) for c in cases}&set(cfg['patients'])
     names = {c.case for c in cases}&set(cfg['train']+cfg['validate'])
-    both = sorted(patients|names)
-    if both: raise InputError(f'the run was trained on patients of the test part: {", ".join(both[:5])}; '
-                              'scores would be worthless: curate and fine-tune again with one split')
+    both = ', '.join(sorted(patients|names)[:5])
+    if both:
+        raise InputError(f'the run was trained on patients of the test part: {both}; '
+                         'scores would be worthless: curate and fine-tune again with one split')
 
+# %% ../nbs/12_evaluate.ipynb #a6070dad
 def _unscored(case, boxes, wanted):
     "How many organs of a case have no slice in the npz: no embedding, no box, no score"
     if case.labels is None: return 0
@@ -281,30 +319,17 @@ def _unscored(case, boxes, wanted):
     if wanted is not None: there &= set(wanted)
     return len(there-set(boxes.label))
 
-# %% ../nbs/12_evaluate.ipynb #2c6b4052
+# %% ../nbs/12_evaluate.ipynb #467170bf
 def _open_run(run, tolerance):
     "config.json of a run that has something to be scored"
     for f in ('config.json','best.pth'):
-        if not (run/f).exists(): raise InputError(f'{run} has no {f}: it is not a run of finetune, or not one that has begun. '
-                                                  'Fine-tune first')
-    if not 0<=tolerance<np.inf: raise InputError(f'tolerance is {tolerance}: it has to be 0 mm or more')
+        if (run/f).exists(): continue
+        raise InputError(f'{run} has no {f}: it is not a run of finetune, or not one that has begun; fine-tune first')
+    if not 0<=tolerance<np.inf:
+        raise InputError(f'tolerance is {tolerance}: it has to be 0 mm or more')
     return read_json(run/'config.json')
 
-def _save(fig, path):
-    import matplotlib.pyplot as plt
-    with atomic_path(path) as p: fig.savefig(p, dpi=110, bbox_inches='tight')
-    plt.close(fig)
-
-def _figures(ev):
-    "curve.png, figure.png (a typical case) and worst_1.png to worst_3.png, in the run's folder"
-    slack = max(ev.boxes.slack)
-    boxes = ev.boxes[ev.boxes.slack==slack]
-    _save(ev.show().figure, ev.run/_named('curve.png', ev.part))
-    _save(ev.show_box(boxes.iloc[len(boxes)//2]), ev.run/_named('figure.png', ev.part))
-    for k,(_,box) in enumerate(ev.worst(3, slack).iterrows()):
-        _save(ev.show_box(box), ev.run/_named(f'worst_{k+1}.png', ev.part))
-
-# %% ../nbs/12_evaluate.ipynb #f50aece7
+# %% ../nbs/12_evaluate.ipynb #40138f56
 def _kind(cases, part):
     "What the figures say about the cases"
     if all(c.case.startswith('Phantom') for c in cases): return 'phantom'
@@ -313,11 +338,32 @@ def _kind(cases, part):
 def _models(cfg, run, device):
     "The decoder a run started from, and its best one"
     start = load_model(cfg['model'], cfg['checkpoint'], device)
-    return {'pretrained':start, 'fine-tuned':load_model(cfg['model'], run/'best.pth', device)}
+    best = load_model(cfg['model'], run/'best.pth', device)
+    return {'pretrained':start, 'fine-tuned':best}
 
+# %% ../nbs/12_evaluate.ipynb #75378c8f
 def _forget(case):
     "Let go of what is read again when needed: memory stays small"
-    for k in ('imgs','gts','labels'): case.__dict__.pop(k, None)
+    for k in ('imgs','gts','labels'):
+        case.__dict__.pop(k, None)
+
+# %% ../nbs/12_evaluate.ipynb #2d5f53ae
+def _save(ev, fig, name):
+    import matplotlib.pyplot as plt
+    with atomic_path(ev.run/_named(name, ev.part)) as p:
+        fig.savefig(p, dpi=110, bbox_inches='tight')
+    plt.close(fig)
+
+# %% ../nbs/12_evaluate.ipynb #f1ec3060
+def _figures(ev):
+    "curve.png, figure.png (a typical case) and worst_1.png to worst_3.png, in the run's folder"
+    slack = max(ev.boxes.slack)
+    boxes = ev.boxes[ev.boxes.slack==slack]
+    typical = boxes.iloc[len(boxes)//2]
+    _save(ev, ev.show().figure, 'curve.png')
+    _save(ev, ev.show_box(typical), 'figure.png')
+    for k,(_,box) in enumerate(ev.worst(3, slack).iterrows()):
+        _save(ev, ev.show_box(box), f'worst_{k+1}.png')
 
 # %% ../nbs/12_evaluate.ipynb #24260011
 @renamed(labels='label_ids')
@@ -347,11 +393,13 @@ def evaluate(
         rows += _score_case(c, folder.patient(c), models, emb.open_case(c), mine, tolerance)
         unscored += _unscored(c, mine, wanted)
         _forget(c)
-    if unscored: print(f'{unscored} organs of these cases are not scored: '
-                       'curation dropped them on every slice (reasons in split.csv)')
-    files = {c.case:c.path for c in cases}
-    ev = Evaluation(pd.DataFrame(rows), boxes, models, emb, files, run, _kind(cases, part), part)
-    with atomic_path(run/_named('eval.csv', part)) as p: ev.scores.to_csv(p, index=False)
+    if unscored:
+        print(f'{unscored} organs of these cases are not scored: '
+              'curation dropped them on every slice (reasons in split.csv)')
+    files,scores = {c.case:c.path for c in cases},pd.DataFrame(rows)
+    ev = Evaluation(scores, boxes, models, emb, files, run, _kind(cases, part), part)
+    with atomic_path(run/_named('eval.csv', part)) as p:
+        scores.to_csv(p, index=False)
     _figures(ev)
     return ev
 
@@ -369,6 +417,8 @@ def medsam_evaluate(
     about = 'oracle boxes; mean over patients (95 % bootstrap interval), Wilcoxon p'
     with pd.option_context('display.width', 200, 'display.max_columns', 20):
         print(some.to_string(index=False))
-        print(f'\n{ev.what} results, {about}\n{ev.table().to_string(index=False)}')
-    files = ('eval.csv','boxes.csv','figure.png','curve.png','worst_*.png')
-    print(f'\nwritten to {ev.run}: {", ".join(_named(o, ev.part) for o in files)}')
+        print(f'\n{ev.what} results, {about}')
+        print(ev.table().to_string(index=False))
+    names = ('eval.csv','boxes.csv','figure.png','curve.png','worst_*.png')
+    files = ', '.join(_named(o, ev.part) for o in names)
+    print(f'\nwritten to {ev.run}: {files}')

@@ -39,6 +39,11 @@ def _wanted(label_ids):
     ids = parse_ids(label_ids)
     return None if isinstance(ids, str) else ids
 
+def _pieces(mask, split, min_pixels):
+    "Numbers of the pieces of a mask; -1 is all of it"
+    return range(len(instances(mask, min_pixels))) if split else [-1]
+
+# %% ../nbs/11_finetune.ipynb #463ddb2a
 def list_samples(
     files, # .npz files of curated cases
     label_ids=None, # source label ids to train on; default all that were curated
@@ -53,11 +58,10 @@ def list_samples(
             for v in np.unique(gt[gt>0]):
                 label = case.label_ids[v-1]
                 if wanted is not None and label not in wanted: continue
-                pieces = range(len(instances(gt==v, min_pixels))) if instances_ else [-1]
-                rows += [(f, i, v, label, p) for p in pieces]
+                rows += [(f, i, v, label, p) for p in _pieces(gt==v, instances_, min_pixels)]
     return pd.DataFrame(rows, columns=['file','i','value','label','piece']).astype('int32')
 
-# %% ../nbs/11_finetune.ipynb #4d3c8578
+# %% ../nbs/11_finetune.ipynb #388fb880
 @lru_cache(maxsize=8)
 def _gts_at(path, changed): return read_npz(path).gts # a few cases at a time, however many there are
 
@@ -91,7 +95,7 @@ class PromptDataset(Dataset):
 
     def __len__(self): return len(self.samples)
 
-# %% ../nbs/11_finetune.ipynb #7bc9e36c
+# %% ../nbs/11_finetune.ipynb #6383e043
 @patch
 def _mask(self:PromptDataset, n):
     "(S,S) bool: the ground truth of sample `n`"
@@ -99,6 +103,7 @@ def _mask(self:PromptDataset, n):
     m = _gts(self.files[s.file])[s.i]==s.value
     return m if s.piece<0 else instances(m)[s.piece]
 
+# %% ../nbs/11_finetune.ipynb #88fa17e2
 @patch
 def _box(self:PromptDataset, n, mask):
     "(4,) float32 on the grid: the mask's box, moved by this epoch's randomness"
@@ -110,9 +115,11 @@ def _box(self:PromptDataset, n, mask):
 def __getitem__(self:PromptDataset, n):
     s,mask = self.samples.iloc[n],self._mask(n)
     grid = Grid(mask.shape, len(mask))
-    return dict(embedding=torch.from_numpy(self.emb[s.file][int(s.i)]),
-                box=torch.from_numpy(grid.to_model(self._box(n, mask), self.model_size)),
-                mask=torch.from_numpy(mask[None].astype(np.float32)))
+    arrays = dict(
+        embedding=self.emb[s.file][int(s.i)],
+        box=grid.to_model(self._box(n, mask), self.model_size),
+        mask=mask[None].astype(np.float32))
+    return {k:torch.from_numpy(a) for k,a in arrays.items()}
 
 # %% ../nbs/11_finetune.ipynb #6d2459c3
 class DiceBCE(nn.Module):
@@ -150,7 +157,9 @@ def running_mean(
     decay:float, # weight of the past, from 0 (no mean) to below 1
 )->AveragedModel: # `.update_parameters(net)` after a step; `.module` has the mean weights
     "Exponential moving average of weights, keeping (1+n)/(4+n) of the past at step n until that exceeds `decay`"
-    def avg(mean, new, n): return new.lerp(mean, ((1+n)/(4+n)).clamp(max=decay))
+    def avg(mean, new, n):
+        past = ((1+n)/(4+n)).clamp(max=decay)
+        return new.lerp(mean, past)
     return AveragedModel(net, avg_fn=avg)
 
 # %% ../nbs/11_finetune.ipynb #68bc5970
@@ -166,9 +175,11 @@ def split_validation(
     if len(names)<2:
         raise InputError('fine-tuning needs at least two training patients, one of them to validate on; '
                          f'found {len(names)} ({", ".join(names)}): curate more patients')
-    n = min(len(names)-1, max(1, round(fraction*len(names))))
+    n = max(1, round(fraction*len(names)))
+    n = min(n, len(names)-1) # one patient at least remains to train on
     chosen = set(np.random.default_rng(seed).permutation(names)[:n])
-    return [f for f in files if of[f] not in chosen], [f for f in files if of[f] in chosen]
+    train = [f for f in files if of[f] not in chosen]
+    return train, [f for f in files if of[f] in chosen]
 
 # %% ../nbs/11_finetune.ipynb #be0f0c49
 @dataclass
@@ -193,13 +204,15 @@ class Config:
 
     def __post_init__(self): self.label_ids = _wanted(self.label_ids)
 
-# %% ../nbs/11_finetune.ipynb #58d527ea
+# %% ../nbs/11_finetune.ipynb #4000b973
 def _is_count(v): return v>=1 and v%1==0
 
 @patch
 def _need(self:Config, name, ok, what):
-    if not ok: raise InputError(f'{name} is {getattr(self, name)!r}: it has to be {what}')
+    value = getattr(self, name)
+    if not ok: raise InputError(f'{name} is {value!r}: it has to be {what}')
 
+# %% ../nbs/11_finetune.ipynb #3ec93004
 @patch
 def check(self:Config)->Config:
     "The settings themselves; `InputError` for one that cannot be"
@@ -221,30 +234,38 @@ def _read_config(run):
     if 'labels' in old: old['label_ids'] = old.pop('labels')
     return old
 
+# %% ../nbs/11_finetune.ipynb #8637b104
 def _changes(old, new):
     "What differs, in words; more epochs are fine, and the data may move: data_sha256 knows it"
     free = ('epochs','package_version','npz','store')
-    keys = [k for k in new if k not in free and old.get(k)!=new[k]]
-    if old['epochs']>new['epochs']: keys.append('epochs')
+    keys = [k for k in new if old.get(k)!=new[k]]
+    keys = [k for k in keys if k not in free]
+    if old['epochs']>new['epochs']:
+        keys.append('epochs')
     return [f'{k} is {old.get(k)!r} there and {new[k]!r} now' for k in keys]
 
-# %% ../nbs/11_finetune.ipynb #cfee1912
+# %% ../nbs/11_finetune.ipynb #a6b9e084
 def _check_run(run, new):
     "Refuse a folder that holds another run, or other things"
     if (run/'config.json').exists():
         diff = _changes(_read_config(run), new)
-        if diff: raise InputError(f'the run folder {run} holds another run: {"; ".join(diff)}: '
-                                  'give another run name, or delete that folder')
-    elif run.exists() and any(not p.name.startswith('.') for p in run.iterdir()):
-        raise InputError(f'{run} is not empty and holds no config.json, so it is not a run of ours: give another run name')
+        if diff:
+            raise InputError(f'the run folder {run} holds another run: {"; ".join(diff)}: '
+                             'give another run name, or delete that folder')
+    elif run.exists() and any(p.name[0]!='.' for p in run.iterdir()):
+        raise InputError(f'{run} is not empty and holds no config.json, so it is not a run of ours: '
+                         'give another run name')
 
+# %% ../nbs/11_finetune.ipynb #acab01e5
 def _open_run(run, cfg, facts):
     "Make the run folder with its config.json, or check that it holds the same run"
     new = json.loads(json.dumps(asdict(cfg)|facts))
     _check_run(run, new)
-    for left in run.glob('.*.tmp'): shutil.rmtree(left, ignore_errors=True) # what a killed run was just writing
+    for left in run.glob('.*.tmp'): # what a killed run was just writing
+        shutil.rmtree(left, ignore_errors=True)
     text = json.dumps(new, indent=1, ensure_ascii=False)
-    with atomic_path(run/'config.json') as p: p.write_text(text, encoding='utf-8')
+    with atomic_path(run/'config.json') as p:
+        p.write_text(text, encoding='utf-8')
 
 # %% ../nbs/11_finetune.ipynb #85f43b84
 class EpochSampler(Sampler):
@@ -261,9 +282,10 @@ class EpochSampler(Sampler):
 
     def __iter__(self):
         rng = torch.Generator().manual_seed(self.seed*1_000_003+self.epoch)
-        return iter(torch.randperm(self.size, generator=rng)[:self.n].tolist())
+        order = torch.randperm(self.size, generator=rng)
+        return iter(order[:self.n].tolist())
 
-# %% ../nbs/11_finetune.ipynb #4aa64b1d
+# %% ../nbs/11_finetune.ipynb #1e28bc19
 def train_epoch(
     acc:Accelerator, # where it runs
     net:nn.Module, # a `PromptedDecoder`
@@ -278,19 +300,25 @@ def train_epoch(
     total = torch.zeros(3, device=acc.device)
     for b in loader:
         n = len(b['mask'])
-        dice,bce = loss_func(net(b['embedding'], b['box']).float(), b['mask'])
+        logits = net(b['embedding'], b['box']).float()
+        dice,bce = loss_func(logits, b['mask'])
         acc.backward(dice+bce)
         opt.step()
         opt.zero_grad()
-        if mean is not None: mean.update_parameters(acc.unwrap_model(net))
-        total += n*torch.stack([dice.detach(), bce.detach(), torch.ones_like(dice)])
-        if bar is not None: bar.update(n*acc.num_processes)
+        if mean is not None:
+            mean.update_parameters(acc.unwrap_model(net))
+        row = torch.stack([dice, bce, torch.ones_like(dice)])
+        total += n*row.detach()
+        if bar is not None:
+            bar.update(n*acc.num_processes)
     dice,bce,n = acc.reduce(total).tolist()
     return dice/n, bce/n
 
+# %% ../nbs/11_finetune.ipynb #ac2aae64
 def _accelerator(device, mixed_precision):
     "One process on the chosen device, or whatever `accelerate launch` set up"
-    if PartialState().num_processes==1: AcceleratorState._reset_state(reset_partial_state=True)
+    if PartialState().num_processes==1:
+        AcceleratorState._reset_state(reset_partial_state=True)
     cpu = pick_device(device).type=='cpu'
     unused = DistributedDataParallelKwargs(find_unused_parameters=True)
     return Accelerator(cpu=cpu, mixed_precision=mixed_precision, kwargs_handlers=[unused])
@@ -306,9 +334,10 @@ def validate(
     net.eval()
     scores = []
     for b in loader:
-        p = (net(b['embedding'], b['box'])>0).flatten(1)
-        t = (b['mask']>.5).flatten(1)
-        dice = 2*(p&t).sum(1)/(p.sum(1)+t.sum(1))
+        logits = net(b['embedding'], b['box'])
+        p,t = (logits>0).flatten(1),(b['mask']>.5).flatten(1)
+        both = (p&t).sum(1)
+        dice = 2*both/(p.sum(1)+t.sum(1))
         scores.append(acc.gather_for_metrics(dice))
     return torch.cat(scores).float().mean().item()
 
@@ -317,15 +346,17 @@ def _loaders(cfg, train, val, store, size):
     "Training and validation loaders; the boxes of validation never change"
     make = partial(PromptDataset, store=store, model_size=size, label_ids=cfg.label_ids,
                    instances_=cfg.instances, shrink=cfg.shrink, seed=cfg.seed)
-    tds = make(train, box_px=cfg.box_px)
-    vds = ConcatDataset([make(val, box_px=px) for px in sorted({0, cfg.box_px/2, cfg.box_px})])
+    tds,widths = make(train, box_px=cfg.box_px),{0, cfg.box_px/2, cfg.box_px}
+    vds = ConcatDataset([make(val, box_px=px) for px in sorted(widths)])
     for name,data in (('training',tds), ('validation',vds)):
-        if not len(data): raise InputError(f'there is no {name} sample with the labels {cfg.label_ids or "that were curated"} '
-                                           f'in {cfg.npz}: see split.csv there for what was kept')
+        if len(data): continue
+        asked = cfg.label_ids or 'that were curated'
+        raise InputError(f'there is no {name} sample with the labels {asked} in {cfg.npz}: '
+                         'see split.csv there for what was kept')
     sampler = EpochSampler(len(tds), cfg.seed, cfg.epoch_samples)
     return DataLoader(tds, cfg.batch_size, sampler=sampler), DataLoader(vds, cfg.batch_size)
 
-# %% ../nbs/11_finetune.ipynb #002312a0
+# %% ../nbs/11_finetune.ipynb #cb67fb4d
 class _Loop:
     "What trains, and on what: prepared once, used epoch after epoch"
     def __init__(self, acc, cfg, sam, loaders):
@@ -351,8 +382,11 @@ class _Loop:
 def _states(run): return sorted(d for d in run.glob('state-*') if d.is_dir())
 
 def _write_log(run, rows):
-    with atomic_path(run/'log.csv') as p: pd.DataFrame(rows).to_csv(p, index=False)
+    log = pd.DataFrame(rows)
+    with atomic_path(run/'log.csv') as p:
+        log.to_csv(p, index=False)
 
+# %% ../nbs/11_finetune.ipynb #458959a5
 def _save_state(acc, run, rows, best):
     "Put state-<epoch> in place, then forget the older ones and write what people read"
     epoch = rows[-1]['epoch']
@@ -360,28 +394,33 @@ def _save_state(acc, run, rows, best):
         acc.save_state(str(tmp))
         text = json.dumps(dict(epoch=epoch, rows=rows, best=best))
         (tmp/'progress.json').write_text(text, encoding='utf-8')
-    for old in _states(run)[:-1]: shutil.rmtree(old)
+    for old in _states(run)[:-1]:
+        shutil.rmtree(old)
     _write_log(run, rows)
 
-# %% ../nbs/11_finetune.ipynb #bdc1dd9c
+# %% ../nbs/11_finetune.ipynb #2048de5c
 def _load_state(acc, run):
     "Continue from the newest complete state: (epoch, rows, best), or None for a fresh run"
     found = _states(run)
     if not found: return None
-    acc.load_state(str(found[-1]))
-    p = json.loads((found[-1]/'progress.json').read_text(encoding='utf-8'))
-    if acc.is_main_process: _write_log(run, p['rows']) # the kill may have come between state and log
+    newest = found[-1]
+    acc.load_state(str(newest))
+    p = json.loads((newest/'progress.json').read_text(encoding='utf-8'))
+    if acc.is_main_process: # the kill may have come between state and log
+        _write_log(run, p['rows'])
     return p['epoch'], p['rows'], p['best']
 
 # %% ../nbs/11_finetune.ipynb #d409b5a8
 def _save_best(sam, decoder, run):
     "The full state_dict with the decoder's current weights"
     state = sam.state_dict()
-    state.update({f'mask_decoder.{k}':v for k,v in decoder.state_dict().items()})
+    for k,v in decoder.state_dict().items():
+        state[f'mask_decoder.{k}'] = v
     state = {k:v.detach().cpu().clone() for k,v in state.items()}
-    with atomic_path(run/'best.pth') as p: torch.save(state, p)
+    with atomic_path(run/'best.pth') as p:
+        torch.save(state, p)
 
-# %% ../nbs/11_finetune.ipynb #b8e6a209
+# %% ../nbs/11_finetune.ipynb #cbbd2183
 def show_log(
     log:pd.DataFrame, # as in log.csv
     ax=None, # matplotlib axes; default new ones
@@ -409,14 +448,15 @@ class Run:
     def best(self): return self.path/'best.pth'
 
     def __repr__(self):
-        log = self.log
-        top = log.loc[log.val_dsc.idxmax()]
-        return (f'Run({self.path.name}: {int(log.epoch.max())} epochs, validation DSC {log.val_dsc.iloc[0]:.3f} before, '
-                f'best {top.val_dsc:.3f} in epoch {int(top.epoch)})')
+        epochs,score = self.log.epoch,self.log.val_dsc
+        at = score.idxmax()
+        was,best = f'{score.iloc[0]:.3f}',f'{score[at]:.3f}'
+        return (f'Run({self.path.name}: {epochs.max()} epochs, '
+                f'validation DSC {was} before, best {best} in epoch {epochs[at]})')
 
     def show(self, ax=None): return show_log(self.log, ax)
 
-# %% ../nbs/11_finetune.ipynb #5c5530a3
+# %% ../nbs/11_finetune.ipynb #bc834f03
 def live_curve():
     "A callback for `finetune` that redraws the loss curve in its notebook cell after each epoch"
     import matplotlib.pyplot as plt
@@ -430,26 +470,30 @@ def live_curve():
         else: handle.update(fig)
     return update
 
-# %% ../nbs/11_finetune.ipynb #180f9911
+# %% ../nbs/11_finetune.ipynb #362345ea
 def _tell(tb, rows, callback):
     "The newest row for TensorBoard, and the log for whoever watches"
-    row = rows[-1]
+    row = dict(rows[-1])
+    epoch = row.pop('epoch')
     for k,v in row.items():
-        if k!='epoch' and v is not None: tb.add_scalar(k, v, row['epoch'])
+        if v is not None: tb.add_scalar(k, v, epoch)
     tb.flush()
     if callback: callback(pd.DataFrame(rows))
 
+# %% ../nbs/11_finetune.ipynb #67c45610
 def _bar(loop, cfg, run, done):
     "A progress bar in samples, on the main process"
     n = len(loop.sampler)
     title = f'finetune on {loop.acc.device.type} -> {run.name}'
     off = {} if loop.acc.is_main_process else dict(disable=True)
-    return tqdm(total=cfg.epochs*n, initial=max(done, 0)*n, unit='sample', desc=title, **off)
+    seen = max(done, 0)*n
+    return tqdm(total=cfg.epochs*n, initial=seen, unit='sample', desc=title, **off)
 
 # %% ../nbs/11_finetune.ipynb #af7d959b
 def _fit(loop, cfg, run, callback):
     "Train, validate, keep the best, save the state: epoch after epoch"
-    acc,main = loop.acc,loop.acc.is_main_process
+    acc = loop.acc
+    main = acc.is_main_process
     done,rows,best = _load_state(acc, run) or (-1,[],-1)
     if done>=cfg.epochs: return pd.DataFrame(rows)
     writer = SummaryWriter(run/'tensorboard', purge_step=done+1) if main else nullcontext()
@@ -467,7 +511,7 @@ def _fit(loop, cfg, run, callback):
             bar.set_postfix(val_dsc=f"{row['val_dsc']:.3f}")
     return pd.DataFrame(rows)
 
-# %% ../nbs/11_finetune.ipynb #a9a88580
+# %% ../nbs/11_finetune.ipynb #fbe2723a
 def _run_folder(run):
     "A name is a folder under work_dir/, a path is itself"
     return work_dir(run) if len(Path(run).parts)==1 else Path(run)
@@ -476,12 +520,13 @@ def _files(cfg):
     "Training cases that have something to train on, so that validation patients have something to validate"
     files = find_npz(cfg.npz, 'train')
     if cfg.label_ids is None: return files
-    found = [files[i] for i in list_samples(files, cfg.label_ids).file.unique()]
+    samples = list_samples(files, cfg.label_ids)
+    found = [files[i] for i in samples.file.unique()]
     if found: return found
     raise InputError(f'no training case in {cfg.npz} holds the labels {tuple(cfg.label_ids)}: '
                      f'it was curated with {read_npz(files[0]).label_ids}')
 
-# %% ../nbs/11_finetune.ipynb #22ac9b6e
+# %% ../nbs/11_finetune.ipynb #1724f5d5
 def _who(folder, train, val):
     "Cases and patients of a run, and a hash of what their slices were made from, for config.json"
     cases = [read_npz(f) for f in train+val]
@@ -491,10 +536,12 @@ def _who(folder, train, val):
     data = hashlib.sha256(made_of.encode()).hexdigest()
     return dict(train=names[:n], validate=names[n:], patients=patients, data_sha256=data)
 
+# %% ../nbs/11_finetune.ipynb #326a8ce6
 def _assert_frozen(sam, fresh):
     "Not one weight of the two encoders has changed"
     for part in ('image_encoder','prompt_encoder'):
-        new,old = getattr(sam, part).state_dict(),getattr(fresh, part).state_dict()
+        new = getattr(sam, part).state_dict()
+        old = getattr(fresh, part).state_dict()
         if not all(torch.equal(new[k].cpu(), old[k]) for k in old):
             raise RuntimeError(f'the frozen {part} has changed during training: please report this')
 
@@ -503,9 +550,12 @@ def _config(npz, store, model, kwargs):
     "The settings of a call, checked"
     known = Config.__dataclass_fields__
     odd = sorted(set(kwargs)-set(known))
-    if odd: raise InputError(f'unknown settings {odd}: there are {", ".join(known)}')
-    return Config(npz=str(npz), store=str(store or default_store(npz, model)), model=model, **kwargs).check()
+    if odd:
+        raise InputError(f'unknown settings {odd}: there are {", ".join(known)}')
+    store = str(store or default_store(npz, model))
+    return Config(str(npz), store, model, **kwargs).check()
 
+# %% ../nbs/11_finetune.ipynb #6d86c4e8
 @renamed(labels='label_ids')
 @delegates(Config)
 def finetune(
@@ -518,7 +568,8 @@ def finetune(
     **kwargs, # fields of `Config`
 )->Run: # errors: `InputError` (no data, another run in the folder), `ProvenanceError` (embeddings of something else)
     "Fine-tune the mask decoder. The same call after an interruption goes on; after the end it returns the finished run"
-    cfg,run,folder = _config(npz, store, model, kwargs),_run_folder(run),CuratedFolder(npz)
+    run,folder = _run_folder(run),CuratedFolder(npz)
+    cfg = _config(npz, store, model, kwargs)
     acc = _accelerator(device, cfg.mixed_precision)
     seed_everything(cfg.seed)
     sam = load_model(model, cfg.checkpoint, 'cpu')
@@ -526,9 +577,11 @@ def finetune(
     emb = EmbeddingStore(cfg.store, wanted=dict(model=model, encoder_sha256=sam.encoder_sha256))
     loaders = _loaders(cfg, train, val, emb, sam.image_encoder.img_size)
     made_with = dict(encoder_sha256=sam.encoder_sha256, package_version=__version__)
-    if acc.is_main_process: _open_run(run, cfg, made_with|_who(folder, train, val))
+    if acc.is_main_process:
+        _open_run(run, cfg, made_with|_who(folder, train, val))
     acc.wait_for_everyone()
-    log = _fit(_Loop(acc, cfg, sam, loaders), cfg, run, callback)
+    loop = _Loop(acc, cfg, sam, loaders)
+    log = _fit(loop, cfg, run, callback)
     _assert_frozen(sam, load_model(model, cfg.checkpoint, 'cpu'))
     return Run(run, log)
 

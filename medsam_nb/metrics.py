@@ -24,11 +24,13 @@ def _as_mask(mask, name):
     raise InputError(f'the {name} mask holds {odd[0]}, and a mask is 0 and 1: '
                      'compare one label at a time (labels==9), threshold logits first')
 
+# %% ../nbs/02_metrics.ipynb #2bc8edde
 def _as_masks(pred, gt):
     "Both masks as bool arrays of one shape, else `InputError`"
     pred,gt = _as_mask(pred, 'predicted'), _as_mask(gt, 'ground truth')
     if pred.shape==gt.shape: return pred,gt
-    raise InputError(f'the masks differ in shape, predicted {pred.shape} and ground truth {gt.shape}: '
+    raise InputError(f'the masks differ in shape, predicted {pred.shape} and ground truth '
+                     f'{gt.shape}: '
                      'bring the prediction to the grid of the ground truth')
 
 # %% ../nbs/02_metrics.ipynb #99f1da36
@@ -92,6 +94,7 @@ def _smaller_side(code, ndim):
     cell = (code>>np.arange(n)&1).astype(bool).reshape((2,)*ndim)
     return cell if cell.sum()<=n/2 else ~cell
 
+# %% ../nbs/02_metrics.ipynb #c6b56329
 @lru_cache
 def _normals(ndim):
     "(16 or 256 patterns, elements, ndim): normals of the elements of each pattern, filled up with zeros"
@@ -127,8 +130,10 @@ def _check_spacing(spacing, ndim):
     fits = s.shape in ((3,),(ndim,))
     if fits and (np.isfinite(s)&(s>0)).all():
         return s[-ndim:]
-    raise InputError(f'spacing is {spacing}: give one positive distance in mm for each axis, in the order z y x')
+    raise InputError(f'spacing is {spacing}: give one positive distance in mm for each '
+                     f'axis, in the order z y x')
 
+# %% ../nbs/02_metrics.ipynb #bbefc6a1
 def _check_tolerance(tolerance):
     "Refuse a tolerance that is no distance"
     if np.isscalar(tolerance) and 0<=tolerance<np.inf: return
@@ -139,6 +144,7 @@ def _near(at, other, spacing, tolerance):
     "For each element of one surface, at the corners `at`: is the surface at `other` within the tolerance?"
     return ndimage.distance_transform_edt(~other, spacing)[at]<=tolerance
 
+# %% ../nbs/02_metrics.ipynb #41a8537a
 def nsd(
     pred:np.ndarray, # (H,W) or (D,H,W) bool, or 0 and 1
     gt:np.ndarray, # same shape, bool, or 0 and 1

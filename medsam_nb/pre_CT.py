@@ -8,8 +8,8 @@ __all__ = ['name_suffix', 'pre_parser', 'curate_and_embed', 'pre_CT']
 # %% ../nbs/16_pre_CT.ipynb #15a0b1c3
 import argparse, shlex
 from pathlib import Path
-from .core import data_dir, pick_device, run_command
-from .curate import curate, parse_ids
+from .core import data_dir, parse_ids, pick_device, run_command
+from .curate import curate
 from .embed import embed
 from .sam import load_model
 from .volume import FLAT, MEDICAL
@@ -22,48 +22,76 @@ def name_suffix(
     ext = next((e for e in MEDICAL+FLAT if suffix.lower().endswith(e)), '')
     return suffix[:len(suffix)-len(ext)]
 
-def pre_parser(prog:str, about:str, label_id:str, suffix:str)->argparse.ArgumentParser:
+# %% ../nbs/16_pre_CT.ipynb #468f4856
+def pre_parser(
+    prog:str, # name of the command
+    about:str, # what it does
+    label_ids:str, # which it takes unless told otherwise
+    suffix:str, # ending of image names unless told otherwise
+)->argparse.ArgumentParser:
     "What the commands of this chapter and the next understand"
     p = argparse.ArgumentParser(prog=prog, description=about)
-    p.add_argument('-o', '--npz_path', help='folder for the result (default: data/npz of the project)')
-    p.add_argument('--image_size', type=int, default=256, help='side of the square grid, pixels (default: 256)')
-    p.add_argument('--img_name_suffix', default=suffix, help=f'ending of image names where labels only have the extension (default: {suffix})')
-    p.add_argument('--label_id', default=label_id, help=f'source label ids: 9, or 1,2,9, or all (default: {label_id})')
-    p.add_argument('--model_type', default='lite', help='model of the zoo: lite (needs no download), vit_b, vit_l, vit_h or medsam (default: lite; it was vit_b in MedSAM v0.1)')
-    p.add_argument('--checkpoint', help="a .pth file instead of the model's own weights")
-    p.add_argument('--device', help='cpu, cuda, cuda:1 or mps (default: the best there is)')
-    p.add_argument('--seed', type=int, default=2023, help='of the split into train and test (default: 2023)')
+    add = p.add_argument
+    add('-o', '--npz_path', help='folder for the result (default: data/npz of the project)')
+    add('--image_size', type=int, default=256, help='side of the square grid, pixels (default: 256)')
+    add('--img_name_suffix', default=suffix,
+        help=f'ending of image names where labels only have the extension (default: {suffix})')
+    add('--label_id', default=label_ids, help=f'source label ids: 9, or 1,2,9, or all (default: {label_ids})')
+    add('--model_type', default='lite',
+        help='model of the zoo (default: lite, which needs no download; it was vit_b in MedSAM v0.1)')
+    add('--checkpoint', help="a .pth file instead of the model's own weights")
+    add('--device', help='cpu, cuda, cuda:1 or mps (default: the best there is)')
+    add('--seed', type=int, default=2023, help='of the split into train and test (default: 2023)')
     return p
 
 # %% ../nbs/16_pre_CT.ipynb #15a0b1c9
-def _short(path)->str:
+def _for_shell(path)->str:
     "A path as seen from the current folder, quoted for a shell"
-    path = Path(path).absolute()
-    return shlex.quote(str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path))
+    path,here = Path(path).absolute(),Path.cwd()
+    if path.is_relative_to(here): path = path.relative_to(here)
+    return shlex.quote(str(path))
 
-def curate_and_embed(a, images, labels=None, **kw):
-    "Curate and embed with the options `a`; prints what was written and the next command"
+def curate_and_embed(
+    a, # options as `pre_parser` reads them
+    images, # folder of images, or pairs of image and label
+    labels=None, # folder of labels
+    **kwargs # more for `curate`
+):
+    "Curate and embed; prints what was written and the next command"
     sam = load_model(a.model_type, a.checkpoint, pick_device(a.device))
-    res = curate(images, labels, a.npz_path, parse_ids(a.label_id), size=a.image_size, seed=a.seed, **kw)
-    print(res)
-    store = embed(res.folder, model=sam, device=a.device)
-    print(f'wrote {_short(store.path)}: {sum(len(store[c]) for c in store.cases)} embeddings')
-    more = f' --checkpoint {_short(a.checkpoint)}' if a.checkpoint else ''
-    print(f'next: medsam_finetune {_short(res.folder)} --store {_short(store.path)} --model {sam.name}{more}')
+    ids = parse_ids(a.label_id)
+    done = curate(images, labels, a.npz_path, ids, size=a.image_size, seed=a.seed, **kwargs)
+    print(done)
+    store = embed(done.folder, model=sam, device=a.device)
+    npz,zarr = _for_shell(done.folder),_for_shell(store.path)
+    print(f'wrote {zarr}: {sum(len(store[c]) for c in store.cases)} embeddings')
+    more = f' --checkpoint {_for_shell(a.checkpoint)}' if a.checkpoint else ''
+    print(f'next: medsam_finetune {npz} --store {zarr} --model {sam.name}{more}')
 
 # %% ../nbs/16_pre_CT.ipynb #15a0b1ca
+def _ct_parser()->argparse.ArgumentParser:
+    about = 'Turn volumes and labels into 2-D samples and their image embeddings, split by patient.'
+    p = pre_parser('pre_CT', about, '9', '_0000.nii.gz')
+    add = p.add_argument
+    add('-i', '--nii_path', help='folder of images: volumes or DICOM series (default: data/FLARE22Train/images)')
+    add('-gt', '--gt_path', help='folder of labels, named like the images (default: data/FLARE22Train/labels)')
+    add('--modality', default='CT',
+        help='goes into names; anything but CT is scaled by percentiles (default: CT)')
+    add('--anatomy', default='Abd-Gallbladder', help='goes into names (default: Abd-Gallbladder)')
+    return p
+
+# %% ../nbs/16_pre_CT.ipynb #015ce895
 def pre_CT(
     argv:list=None, # arguments as a list; None: those of the command line
 ):
     "Curate and embed volumes: the `pre_CT` of the MedSAM tutorials; SystemExit(2) when the input cannot be used"
-    p = pre_parser('pre_CT', 'Turn volumes and labels into 2-D samples and their image embeddings, split by patient.', '9', '_0000.nii.gz')
-    p.add_argument('-i', '--nii_path', help='folder of images: volumes or DICOM series (default: data/FLARE22Train/images)')
-    p.add_argument('-gt', '--gt_path', help='folder of labels, named like the images (default: data/FLARE22Train/labels)')
-    p.add_argument('--modality', default='CT', help='goes into names; anything but CT is scaled by percentiles (default: CT)')
-    p.add_argument('--anatomy', default='Abd-Gallbladder', help='goes into names (default: Abd-Gallbladder)')
-    a = p.parse_args(argv)
-    run_command(p.prog, lambda: curate_and_embed(a, a.nii_path or data_dir('FLARE22Train','images'), a.gt_path or data_dir('FLARE22Train','labels'),
-        modality=a.modality, anatomy=a.anatomy, image_suffix=name_suffix(a.img_name_suffix)))
+    a = _ct_parser().parse_args(argv)
+    def job():
+        images = a.nii_path or data_dir('FLARE22Train','images')
+        labels = a.gt_path or data_dir('FLARE22Train','labels')
+        curate_and_embed(a, images, labels, modality=a.modality, anatomy=a.anatomy,
+                         image_suffix=name_suffix(a.img_name_suffix))
+    run_command('pre_CT', job)
 
 # %% ../nbs/16_pre_CT.ipynb #15a0b1d3
 #| eval: false

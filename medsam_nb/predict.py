@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Prediction', 'Predictor', 'click_rounds', 'everything', 'match_regions', 'oracle_boxes', 'label_map',
-           'predict_slices', 'predict_volume', 'check_prompt', 'ask']
+           'predict_slices', 'predict_volume']
 
 # %% ../nbs/10_predict.ipynb #399f49d2
 import warnings
@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 from .core import InputError, renamed
 from .embed import encode
 from .metrics import dsc
-from .prompt import (BOX_COLUMNS, Points, _as_floats, as_prompt, asks_of, check_box, check_points, check_prompts, instances,
-                     mask_logits, mask_to_box, next_click, read_prompts)
+from .prompt import (BOX_COLUMNS, Points, _as_floats, as_prompt, asks_of, check_box, check_points, instances,
+                              mask_logits, mask_to_box, next_click)
 from .sam import decode, load_model, warn_clicks
 from .show import show_box, show_points, show_slice
 from .view import Grid, Recipe, View, as_array, check_choice, resize_image
@@ -39,21 +39,32 @@ class Prediction:
 
     def __len__(self): return len(self.masks)
     def __repr__(self):
-        return f'Prediction({len(self)} prompts, masks {self.masks.shape}, predicted IoU {np.array2string(self.iou, precision=2)})'
+        iou = np.array2string(self.iou, precision=2)
+        return f'Prediction({len(self)} prompts, masks {self.masks.shape}, predicted IoU {iou})'
 
     @property
     def labels(self):
         warnings.warn('Prediction: labels is called point_labels now', FutureWarning, stacklevel=2)
         return self.point_labels
 
-# %% ../nbs/10_predict.ipynb #e4b2cfe2
+# %% ../nbs/10_predict.ipynb #00fb6148
 @patch
 def best(self:Prediction)->Prediction: # one mask for each prompt
     "Of three masks for each prompt the one with the highest predicted IoU"
     if self.masks.ndim==3: return self
-    i,j = np.arange(len(self)),self.iou.argmax(1)
-    return replace(self, masks=self.masks[i,j], iou=self.iou[i,j], logits=self.logits[i,j])
+    at = np.arange(len(self)),self.iou.argmax(1)
+    return replace(self, masks=self.masks[at], iou=self.iou[at], logits=self.logits[at])
 
+# %% ../nbs/10_predict.ipynb #df2ce2f5
+@patch
+def _draw(self:Prediction, i, ax):
+    "What prompt `i` was, into the axes"
+    if self.boxes is not None: show_box(self.boxes[i], ax)
+    if self.prompts is not None: self.prompts[i].show(ax)
+    if self.points is None: return
+    show_points(self.points[i], self.point_labels[i], ax)
+
+# %% ../nbs/10_predict.ipynb #6401a0a9
 @patch
 def show(
     self:Prediction,
@@ -62,12 +73,10 @@ def show(
     **kwargs, # for `show_slice`
 ): # the axes
     "The image with the mask of a prompt, and the prompt"
-    m = self.best().masks[i]
-    image = np.zeros(m.shape, np.uint8) if self.image is None else self.image
+    m,image = self.best().masks[i],self.image
+    if image is None: image = np.zeros(m.shape, np.uint8)
     ax = show_slice(image, mask=m, ax=ax, **kwargs)
-    if self.boxes is not None: show_box(self.boxes[i], ax)
-    if self.points is not None: show_points(self.points[i], self.point_labels[i], ax)
-    if self.prompts is not None: self.prompts[i].show(ax)
+    self._draw(i, ax)
     return ax
 
 # %% ../nbs/10_predict.ipynb #30912a71
@@ -80,9 +89,11 @@ class Predictor:
         precision='fp32', # arithmetic of the encoder
         quiet:bool=False, # no warning about clicks on weights that were trained with boxes
     ):
-        self.sam = load_model(sam, checkpoint, device) if isinstance(sam, (str,Path)) else sam
-        self.precision,self.quiet = precision,quiet
-        self.embedding,self.grid,self.image = None,None,None
+        if isinstance(sam, (str,Path)): sam = load_model(sam, checkpoint, device)
+        self.sam = sam
+        self.precision = precision
+        self.quiet = quiet
+        self.embedding = self.grid = self.image = None
 
     def set_embedding(self,
         embedding, # (256,64,64) array or tensor, e.g. from the store
@@ -92,18 +103,21 @@ class Predictor:
         "Use a stored embedding instead of running the encoder"
         device = self.sam.pixel_mean.device
         self.embedding = torch.as_tensor(embedding, device=device)[None].float()
-        self.grid,self.image = grid,image
+        self.grid = grid
+        self.image = image
         return self
 
 # %% ../nbs/10_predict.ipynb #c6683ece
 def _check_image(im):
     "The image as an array; `InputError` for what has no values from 0 to 255"
     im = np.asarray(im)
-    shaped = im.ndim==2 or im.ndim==3 and im.shape[2]==3
-    if shaped and (im.dtype==np.uint8 or im.dtype.kind=='f' and im.min()>=0 and im.max()<=255): return im
+    shaped = im.ndim==2 or im.shape[2:]==(3,)
+    if shaped and im.dtype==np.uint8: return im
+    if shaped and im.dtype.kind=='f' and im.min()>=0 and im.max()<=255: return im
     raise InputError(f'the image is {im.dtype} of shape {im.shape}: give (H,W) or (H,W,3) with values 0 to 255; '
                      'intensities of a scan go through view.normalize first')
 
+# %% ../nbs/10_predict.ipynb #56f9cad1
 @patch
 def set_image(
     self:Predictor,
@@ -113,12 +127,20 @@ def set_image(
 ): # the predictor
     "Encode an image; everything asked afterwards is about this one"
     im = _check_image(im)
-    x,grid = resize_image(im, size, fit),Grid(im.shape[:2], size, fit)
+    grid = Grid(im.shape[:2], size, fit)
+    x = resize_image(im, size, fit)
     if x.ndim==2: x = np.stack([x]*3, -1)
-    embedding = encode(self.sam, x[None], grid.content, self.precision)[0]
-    return self.set_embedding(embedding, grid, np.rint(im).astype(np.uint8))
+    shown = np.rint(im).astype(np.uint8)
+    return self._set(x, grid, shown)
 
-# %% ../nbs/10_predict.ipynb #346dda58
+# %% ../nbs/10_predict.ipynb #4340743b
+@patch
+def _set(self:Predictor, x, grid, shown):
+    "Encode what lies on the grid, (S,S,3) uint8"
+    embedding = encode(self.sam, x[None], grid.content, self.precision)
+    return self.set_embedding(embedding[0], grid, shown)
+
+# %% ../nbs/10_predict.ipynb #2904d64d
 @patch
 def set_view(
     self:Predictor,
@@ -126,73 +148,98 @@ def set_view(
     z:int, # slice
 ): # the predictor
     "Encode a slice as the recipe shows it; prompts and masks stay in the pixels of the slice"
-    embedding = encode(self.sam, view.image(z)[None], view.grid.content, self.precision)[0]
     upright = view.grid.turn(view.grey(z))
-    return self.set_embedding(embedding, view.grid, np.rint(upright).astype(np.uint8))
+    shown = np.rint(upright).astype(np.uint8)
+    return self._set(view.image(z), view.grid, shown)
 
 # %% ../nbs/10_predict.ipynb #256b1e7d
 def _boxes(boxes, shape):
     "Boxes (B,4) float32 inside the image"
     b = _as_floats(boxes, 'box', '(4,) or (B,4) x0 y0 x1 y1')
-    if b.ndim in (1,2) and 0 not in b.shape: return np.stack([check_box(o, shape) for o in np.atleast_2d(b)])
-    raise InputError(f'box has shape {b.shape}: give (4,) or (B,4) x0 y0 x1 y1, with at least one box')
+    if b.ndim not in (1,2) or 0 in b.shape:
+        raise InputError(f'box has shape {b.shape}: give (4,) or (B,4) x0 y0 x1 y1, with at least one box')
+    checked = [check_box(o, shape) for o in np.atleast_2d(b)]
+    return np.stack(checked)
 
+# %% ../nbs/10_predict.ipynb #e3a4f4b7
+def _check_masks(m, kind, shape, grid):
+    "Refuse mask prompts of another shape than `shape`, and values that are not finite"
+    odd = '' if np.isfinite(m).all() else ' with values that are not finite'
+    shaped = m.ndim in (2,3) and m.shape[-2:]==shape and 0 not in m.shape
+    if shaped and not odd: return
+    raise InputError(f'the mask prompt is {kind} of shape {m.shape}{odd}: give logits (256,256) '
+                     f"of an earlier prediction (floats), or a mask (bool) of the image's shape {grid.shape}")
+
+# %% ../nbs/10_predict.ipynb #83d0d2b2
 def _masks(mask, grid):
     "Mask prompts as logits (B,1,256,256) float32"
-    m,kind = _as_floats(mask, 'mask', 'logits (256,256), or a bool mask of the image'),as_array(mask).dtype
+    m = _as_floats(mask, 'mask', 'logits (256,256), or a bool mask of the image')
+    kind = as_array(mask).dtype
     logits = kind.kind=='f'
     shape = (256,256) if logits else grid.shape
-    odd = '' if np.isfinite(m).all() else ' with values that are not finite'
-    if odd or m.ndim not in (2,3) or m.shape[-2:]!=shape or 0 in m.shape:
-        raise InputError(f'the mask prompt is {kind} of shape {m.shape}{odd}: give logits (256,256) of an earlier prediction '
-                         f"(floats), or a mask (bool) of the image's shape {grid.shape}")
+    _check_masks(m, kind, shape, grid)
     if logits and m.any() and np.isin(m, (0,1)).all():
         raise InputError('the mask prompt holds floats, all 0 or 1, and floats are taken for logits: '
                          'pass mask > 0 for a mask of the image')
     m = m.reshape(-1, *shape)
-    return m[:,None] if logits else np.stack([mask_logits(o, grid) for o in m])
+    if logits: return m[:,None]
+    return np.stack([mask_logits(o, grid) for o in m])
 
 # %% ../nbs/10_predict.ipynb #46003f01
 def _paired(asked:dict):
     "What was asked, if there is something and as many of each"
-    if not asked: raise InputError('there is no prompt: give a box, points, or the mask logits of an earlier prediction')
-    n = {k:len(v) for k,v in asked.items() if k!='point_labels'}
+    if not asked:
+        raise InputError('there is no prompt: give a box, points, or the mask logits of an earlier prediction')
+    n = {k:len(v) for k,v in asked.items()}
+    n.pop('point_labels', None)
     if len(set(n.values()))==1: return asked
     raise InputError(f'the prompts do not pair: {n}; give as many of each, one per mask you want')
 
+# %% ../nbs/10_predict.ipynb #3be17a1b
 def _asked(grid, box=None, points=None, point_labels=None, mask=None):
     "What was asked, in image pixels: boxes (B,4), points (B,P,2) and point_labels (B,P), masks (B,1,256,256)"
-    if points is None and point_labels is not None: raise InputError('point_labels were given without points: give both')
     asked = {}
     if box is not None: asked['boxes'] = _boxes(box, grid.shape)
-    if points is not None: asked['points'],asked['point_labels'] = check_points(points, point_labels, grid.shape)
+    if points is not None:
+        p,l = check_points(points, point_labels, grid.shape)
+        asked |= dict(points=p, point_labels=l)
+    elif point_labels is not None:
+        raise InputError('point_labels were given without points: give both')
     if mask is not None: asked['masks'] = _masks(mask, grid)
     return _paired(asked)
 
-# %% ../nbs/10_predict.ipynb #acbc31f3
+# %% ../nbs/10_predict.ipynb #dc9b7d55
 @patch
 def _ready(self:Predictor):
-    if self.embedding is None: raise InputError('no image is set: call set_image(im) first')
+    if self.embedding is not None: return
+    raise InputError('no image is set: call set_image(im) first')
 
 @patch
 def _frame(self:Predictor, asked:dict):
     "What was asked as tensors in the model's frame, for `decode`"
-    def place(c): return self.grid.to_model(self.grid.to_grid(c), self.sam.image_encoder.img_size)
-    placed = {k:place(v) if k in ('boxes','points') else v for k,v in asked.items()}
-    return {k:torch.as_tensor(v, device=self.embedding.device) for k,v in placed.items()}
+    size,device = self.sam.image_encoder.img_size,self.embedding.device
+    placed = dict(asked)
+    for k in asked.keys()&{'boxes','points'}:
+        on_grid = self.grid.to_grid(asked[k])
+        placed[k] = self.grid.to_model(on_grid, size)
+    return {k:torch.as_tensor(v, device=device) for k,v in placed.items()}
 
+# %% ../nbs/10_predict.ipynb #ac6a309e
 @patch
 def _answer(self:Predictor, asked:dict, multimask=False):
     "Masks for what was asked; many prompts share the one embedding"
-    if not self.quiet and asked.keys()!={'boxes'}: warn_clicks(self.sam)
+    only_boxes = asked.keys()=={'boxes'}
+    if not (only_boxes or self.quiet): warn_clicks(self.sam)
+    framed = self._frame(asked)
     with torch.inference_mode():
-        logits,iou = decode(self.sam, self.embedding, multimask=multimask, **self._frame(asked))
+        logits,iou = decode(self.sam, self.embedding, multimask=multimask, **framed)
         masks = self.grid.mask_from_grid(logits)>self.sam.mask_threshold
-    def pick(t): return (t if multimask else t[:,0]).cpu().numpy()
-    shown = {k:asked.get(k) for k in ('boxes','points','point_labels')}
-    return Prediction(pick(masks), pick(iou), pick(logits), self.image, **shown)
+    out = masks,iou,logits
+    if not multimask: out = [t[:,0] for t in out]
+    shown = {k:v for k,v in asked.items() if k!='masks'}
+    return Prediction(*(t.cpu().numpy() for t in out), self.image, **shown)
 
-# %% ../nbs/10_predict.ipynb #beccac75
+# %% ../nbs/10_predict.ipynb #6cfd7836
 @patch
 @renamed(labels='point_labels')
 def predict(
@@ -200,20 +247,29 @@ def predict(
     box=None, # (4,) or (B,4) x0 y0 x1 y1, pixels of the image; what reaches over its edge is cut off
     points=None, # (P,2) or (B,P,2) x y, pixels of the image
     point_labels=None, # (P,) or (B,P): 1 foreground, 0 background; default all 1
-    mask=None, # (256,256) or (B,256,256) logits of an earlier prediction; or a mask, (H,W) or (B,H,W) bool, pixels of the image
+    mask=None, # logits (256,256) or (B,256,256) of an earlier prediction; or a mask (H,W) or (B,H,W) bool of the image
     multimask:bool=False, # three masks and their scores instead of one
 )->Prediction:
     "Masks for one prompt or for many; `InputError` without an image, without a prompt, or for a prompt that cannot be"
     self._ready()
-    return self._answer(_asked(self.grid, box, points, point_labels, mask), multimask)
+    asked = _asked(self.grid, box, points, point_labels, mask)
+    return self._answer(asked, multimask)
 
-# %% ../nbs/10_predict.ipynb #f1ade36e
+# %% ../nbs/10_predict.ipynb #adacf209
 def _together(asked:list):
     "The positions of prompts that go through the decoder in one go: all boxes, then each of the others"
-    boxes = [i for i,a in enumerate(asked) if set(a)=={'boxes'}]
-    others = [[i] for i in range(len(asked)) if i not in boxes]
+    boxes,others = [],[]
+    for i,a in enumerate(asked):
+        if a.keys()=={'boxes'}: boxes.append(i)
+        else: others.append([i])
     return [boxes]+others if boxes else others
 
+# %% ../nbs/10_predict.ipynb #dcb1e186
+def _joined(some:list):
+    "Prompts that go through the decoder in one go, as one question"
+    return {k:np.concatenate([a[k] for a in some]) for k in some[0]}
+
+# %% ../nbs/10_predict.ipynb #fd72bd37
 @patch
 def ask(
     self:Predictor,
@@ -226,10 +282,13 @@ def ask(
     asked = [_paired(p.asked(self.grid, spacing)) for p in prompts]
     if not asked: return _paired({})
     groups = _together(asked)
-    answers = [self._answer({k:np.concatenate([asked[i][k] for i in g]) for k in asked[g[0]]}) for g in groups]
+    answers = [self._answer(_joined([asked[i] for i in g])) for g in groups]
     order = np.argsort(np.concatenate(groups))
-    def put(what): return np.concatenate([getattr(a, what) for a in answers])[order]
-    return Prediction(put('masks'), put('iou'), put('logits'), self.image, prompts=prompts)
+    def put(what):
+        each = [getattr(a, what) for a in answers]
+        return np.concatenate(each)[order]
+    found = [put(k) for k in ('masks','iou','logits')]
+    return Prediction(*found, self.image, prompts=prompts)
 
 # %% ../nbs/10_predict.ipynb #65218b12
 def click_rounds(
@@ -238,19 +297,20 @@ def click_rounds(
     n:int=10, # how many clicks at most
     box=None, # (4,) x0 y0 x1 y1: begin with a box, and keep it
     carry:bool=True, # show the decoder the logits of its last mask
-)->list: # of `Prediction`: after the box (if there is one), then after each click; shorter than `n` only if the mask is right before
+)->list: # of `Prediction`: after the box (if there is one), then after each click, until the mask is right
     "Oracle clicks, each into the largest error of the last mask"
-    out,points,point_labels = [],[],[]
-    if box is not None: out.append(predictor.predict(box))
+    out = [] if box is None else [predictor.predict(box)]
+    points,point_labels,last = [],[],None
     for _ in range(n):
-        last = out[-1] if out else None
-        seen = np.zeros_like(truth, bool) if last is None else last.masks[0]
+        if out: last = out[-1]
+        seen = last.masks[0] if out else np.zeros_like(truth, bool)
         click = next_click(seen, truth, points)
         if click is None: break
         points.append(click[0])
         point_labels.append(click[1])
-        shown = last.logits if carry and last is not None else None
-        out.append(predictor.predict(box, np.stack(points), point_labels, shown, multimask=last is None).best())
+        logits = last.logits if carry and out else None
+        p = predictor.predict(box, np.stack(points), point_labels, logits, multimask=not out)
+        out.append(p.best())
     return out
 
 # %% ../nbs/10_predict.ipynb #0f8d9e4a
@@ -262,12 +322,13 @@ def everything(
     "Regions without prompts and without names"
     warn_clicks(sam)
     im = np.rint(_check_image(im)).astype(np.uint8)
-    rgb = np.stack([im]*3, -1) if im.ndim==2 else im
-    batch = dict(points_per_batch=64 if sam.pixel_mean.is_cuda else 16) # 64 clicks at once take 3 GB
-    regions = SamAutomaticMaskGenerator(sam, **(batch|kwargs)).generate(rgb)
+    if im.ndim==2: im = np.stack([im]*3, -1)
+    many = 64 if sam.pixel_mean.is_cuda else 16 # 64 clicks at once take 3 GB
+    kwargs = dict(points_per_batch=many)|kwargs
+    regions = SamAutomaticMaskGenerator(sam, **kwargs).generate(im)
     return sorted(regions, key=lambda r: -r['area'])
 
-# %% ../nbs/10_predict.ipynb #8ef0faca
+# %% ../nbs/10_predict.ipynb #bd5fb36b
 def _best_region(regions, gt):
     "Position and DSC of the region that fits a mask best; None and 0 where none touches it"
     scores = [dsc(r['segmentation'], gt) for r in regions]
@@ -275,14 +336,19 @@ def _best_region(regions, gt):
     best = int(np.argmax(scores))
     return best,scores[best]
 
+# %% ../nbs/10_predict.ipynb #f4cf0ec3
 def match_regions(
     regions:list, # as `everything` gives them, of an image (H,W)
     labels:np.ndarray, # (H,W) label map of the ground truth, 0 background
-)->pd.DataFrame: # one row per label: label, pixels, region (position in the list, missing if there is none that touches it), DSC
+)->pd.DataFrame: # a row per label: label, pixels, region (position in the list; missing if none touches it), DSC
     "For each labelled organ the region that fits it best"
-    ids = [int(k) for k in np.unique(labels) if k]
-    rows = [(k, int((labels==k).sum()), *_best_region(regions, labels==k)) for k in ids]
-    return pd.DataFrame(rows, columns=['label','pixels','region','DSC']).astype(dict(region='Int64'))
+    rows = []
+    for k in np.unique(labels[labels!=0]):
+        gt = labels==k
+        region,score = _best_region(regions, gt)
+        rows.append((int(k), int(gt.sum()), region, score))
+    t = pd.DataFrame(rows, columns=['label','pixels','region','DSC'])
+    return t.astype(dict(region='Int64'))
 
 # %% ../nbs/10_predict.ipynb #1f84c247
 def oracle_boxes(
@@ -291,31 +357,42 @@ def oracle_boxes(
     pieces:bool=False, # a box round each separate piece of an organ, as a person would draw them
 )->pd.DataFrame: # one row per slice and label: z, label, x0, y0, x1, y1 in pixels of the slice
     "The tight boxes of a label volume; they come from ground truth: say so beside every number they lead to"
-    ids = [int(i) for i in (np.unique(label.array) if label_ids is None else label_ids) if i]
-    def parts(m):
-        if pieces: return instances(m)
-        return [m] if m.any() else []
-    rows = [(z, i, *mask_to_box(m)) for z,s in enumerate(label.array) for i in ids for m in parts(s==i)]
+    there = np.unique(label.array).tolist()
+    ids = [int(i) for i in (there if label_ids is None else label_ids) if i]
+    rows = []
+    for z,s in enumerate(label.array):
+        for i in ids:
+            m = s==i
+            if not m.any(): continue
+            parts = instances(m) if pieces else [m]
+            rows += [(z, i, *mask_to_box(part)) for part in parts]
     if rows: return pd.DataFrame(rows, columns=BOX_COLUMNS)
     raise InputError(f"the labels of {label.case or 'this volume'} hold none of the ids {ids}; "
-                     f'they hold {np.unique(label.array).tolist()}')
+                     f'they hold {there}')
 
 # %% ../nbs/10_predict.ipynb #f87ecdb0
+def _check_ids(label_ids, n):
+    "`n` label ids as an array"
+    ids = np.asarray(label_ids)
+    whole = ids.shape==(n,) and ids.dtype.kind in 'iu'
+    if whole and ((ids>=1)&(ids<=65535)).all(): return ids
+    raise InputError(f'label_ids are {label_ids!r}: give one whole number from 1 to 65535 for each of the {n} masks')
+
+# %% ../nbs/10_predict.ipynb #96febeea
 @renamed(labels='label_ids')
 def label_map(
     pred:Prediction, # one mask for each prompt
     label_ids, # (B,) their label ids, 1 to 65535
-    overlap:str='smaller', # who has a pixel that two masks claim: the 'smaller' mask, or the one with the higher predicted 'iou'
+    overlap:str='smaller', # who has a pixel of two masks: the 'smaller' one, or that with the higher predicted 'iou'
 )->np.ndarray: # (H,W) uint16
     "The masks of an image as one label map"
     check_choice('overlap', overlap, ('smaller','iou'))
-    pred,ids = pred.best(),np.asarray(label_ids)
-    whole = ids.shape==(len(pred),) and ids.dtype.kind in 'iu'
-    if not (whole and ((ids>=1)&(ids<=65535)).all()):
-        raise InputError(f'label_ids are {label_ids!r}: give one whole number from 1 to 65535 for each of the {len(pred)} masks')
+    pred = pred.best()
+    ids = _check_ids(label_ids, len(pred))
     out = np.zeros(pred.masks.shape[-2:], np.uint16)
-    claim = -pred.masks.sum((1,2)) if overlap=='smaller' else pred.iou
-    for j in np.argsort(claim, kind='stable'): out[pred.masks[j]] = ids[j]
+    claim = pred.iou if overlap=='iou' else -pred.masks.sum((1,2))
+    for j in np.argsort(claim, kind='stable'): # the strongest claim comes last
+        out[pred.masks[j]] = ids[j]
     return out
 
 # %% ../nbs/10_predict.ipynb #9a3c5e17
@@ -323,22 +400,27 @@ def _with_clicks(table):
     "A table with the columns points and point_labels, as it was before `Ask`"
     warnings.warn('clicks in the columns points and point_labels of a table: give a list of Ask with Points now; '
                   'such a table works in this version only', FutureWarning, stacklevel=3)
-    clicked = table.points.map(lambda p: isinstance(p, (list,np.ndarray)))
+    clicked = [isinstance(p, (list,np.ndarray)) for p in table.points]
     filled = table.copy()
     filled.loc[clicked, BOX_COLUMNS[2:]] = [0,0,1,1]
-    rows = zip(asks_of(filled), clicked, table.points, table.point_labels)
-    return [replace(a, prompt=Points(p, l)) if c else a for a,c,p,l in rows]
+    out = []
+    for a,c,p,l in zip(asks_of(filled), clicked, table.points, table.point_labels):
+        out.append(replace(a, prompt=Points(p, l)) if c else a)
+    return out
 
+# %% ../nbs/10_predict.ipynb #4b29ceb5
 def _asks(boxes, depth):
     "Slice -> what is asked of it, slices in order; `InputError` if a slice is not there"
-    clicks = isinstance(boxes, pd.DataFrame) and 'points' in boxes
-    asks = _with_clicks(boxes) if clicks else asks_of(boxes)
+    with_clicks = isinstance(boxes, pd.DataFrame) and 'points' in boxes
+    asks = _with_clicks(boxes) if with_clicks else asks_of(boxes)
     if not asks: raise InputError('the list of prompts is empty: there is nothing to segment')
     away = [a.z for a in asks if not 0<=a.z<depth]
     if away:
-        raise InputError(f'{len(away)} boxes lie on slices the volume does not have (z={away[0]}, slices 0 to {depth-1}): '
-                         'count slices from 0')
-    return {z:[a for a in asks if a.z==z] for z in sorted({a.z for a in asks})}
+        raise InputError(f'{len(away)} boxes lie on slices the volume does not have '
+                         f'(z={away[0]}, slices 0 to {depth-1}): count slices from 0')
+    slices = {}
+    for a in sorted(asks, key=lambda a: a.z): slices.setdefault(a.z, []).append(a)
+    return slices
 
 # %% ../nbs/10_predict.ipynb #d14b86f9
 def predict_slices(
@@ -352,26 +434,24 @@ def predict_slices(
     "Segment a volume slice by slice, those without a prompt left out"
     view = View(volume, recipe)
     slices = _asks(boxes, len(view))
-    for z,asks in tqdm(slices.items(), desc=f'predict {volume.case}', unit='slice', disable=not progress):
-        pred = predictor.set_view(view, z).ask([a.prompt for a in asks], volume.spacing)
-        yield z, label_map(pred, [a.label for a in asks], overlap), list(zip(asks, pred.iou))
+    bar = tqdm(slices.items(), desc=f'predict {volume.case}', unit='slice', disable=not progress)
+    for z,asks in bar:
+        predictor.set_view(view, z)
+        pred = predictor.ask([a.prompt for a in asks], volume.spacing)
+        labels = label_map(pred, [a.label for a in asks], overlap)
+        yield z, labels, list(zip(asks, pred.iou))
 
-# %% ../nbs/10_predict.ipynb #6af28edb
+# %% ../nbs/10_predict.ipynb #41df2fc7
 def predict_volume(
     predictor:Predictor, # model and device
     volume:Volume, # (D,H,W) intensities
-    boxes, # a list of `Ask` (`read_boxes`), or a table z, label, x0, y0, x1, y1 in pixels of the slices (`oracle_boxes`)
+    boxes, # a list of `Ask` (`read_boxes`), or a table z, label, x0, y0, x1, y1 in pixels (`oracle_boxes`)
     recipe:Recipe=None, # intensities and grid, as in curation; default `Recipe()`
     progress:bool=True, # show a bar
     overlap:str='smaller', # as in `label_map`
 )->np.ndarray: # (D,H,W) label map, uint8 (uint16 where an id needs it)
     "Segment a volume from prompts on its slices; a slice without one stays empty"
     out = np.zeros(volume.shape, np.uint16)
-    for z,labels,_ in predict_slices(predictor, volume, boxes, recipe, progress, overlap): out[z] = labels
+    slices = predict_slices(predictor, volume, boxes, recipe, progress, overlap)
+    for z,labels,_ in slices: out[z] = labels
     return out.astype(np.uint8) if out.max()<256 else out
-
-# %% ../nbs/10_predict.ipynb #ecfe622e
-def check_prompt(prompt, shape): return as_prompt(prompt, shape).to_dict() # until draw has moved
-def ask(prompt, shape, spacing=(1,1)): # until draw has moved
-    asked = as_prompt(prompt).asked(Grid(shape), spacing)
-    return dict(box=asked['boxes'][0]) if 'boxes' in asked else dict(points=asked['points'][0], point_labels=asked['point_labels'][0])

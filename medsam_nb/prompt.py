@@ -26,16 +26,21 @@ from .view import Grid, as_array, resize_label
 def _as_mask(mask):
     "`mask` as one 2-D bool array"
     m = np.asarray(mask)
-    if m.ndim!=2: raise InputError(f'the mask has shape {m.shape}: give one mask (H,W), so take one slice or one channel')
+    if m.ndim!=2:
+        raise InputError(f'the mask has shape {m.shape}: give one mask (H,W), so take one '
+                         f'slice or one channel')
     return m if m.dtype==bool else m!=0
 
+# %% ../nbs/07_prompt.ipynb #e7635bd3
 def mask_to_box(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
 )->np.ndarray: # (4,) float32 x0 y0 x1 y1, edges
     "The tight box of a mask: left and top edge of its first pixels, right and bottom edge of its last"
     m = _as_mask(mask)
     ys,xs = np.flatnonzero(m.any(1)),np.flatnonzero(m.any(0))
-    if not len(ys): raise InputError(f'the mask {m.shape} is empty, so it has no box: leave such slices out first')
+    if not len(ys):
+        raise InputError(f'the mask {m.shape} is empty, so it has no box: leave such '
+                         f'slices out first')
     return np.array([xs[0], ys[0], xs[-1]+1, ys[-1]+1], np.float32)
 
 # %% ../nbs/07_prompt.ipynb #3c3f9c60
@@ -57,6 +62,7 @@ def _four_numbers(box)->np.ndarray:
     if b.shape!=(4,): raise InputError(f'the box is {box!r}: give four numbers x0 y0 x1 y1')
     return b
 
+# %% ../nbs/07_prompt.ipynb #12fa9b14
 def check_box(
     box, # (4,) x0 y0 x1 y1, image pixels
     shape:tuple, # (H,W) of the image
@@ -66,12 +72,15 @@ def check_box(
     x0,y0,x1,y1 = b
     said = f'the box ({x0:g}, {y0:g}, {x1:g}, {y1:g})'
     if not np.isfinite(b).all(): raise InputError(f'{said} has a value that is not finite')
-    if x0>x1 or y0>y1: raise InputError(f'{said} is inverted: x0 must be left of x1 and y0 above y1')
-    if x0==x1 or y0==y1: raise InputError(f'{said} has no area: draw it wider, or use a point')
+    if x0>x1 or y0>y1:
+        raise InputError(f'{said} is inverted: x0 must be left of x1 and y0 above y1')
+    if x0==x1 or y0==y1:
+        raise InputError(f'{said} has no area: draw it wider, or use a point')
     H,W = shape[:2]
     c = b.clip(0, [W,H,W,H]).astype(np.float32)
     if c[0]<c[2] and c[1]<c[3]: return c
-    raise InputError(f'{said} covers nothing of the image (width {W}, height {H}): is it in the pixels of another grid?')
+    raise InputError(f'{said} covers nothing of the image (width {W}, height {H}): is it '
+                     f'in the pixels of another grid?')
 
 # %% ../nbs/07_prompt.ipynb #30ad059d
 def _move_sides(box, shape, out):
@@ -82,6 +91,7 @@ def _move_sides(box, shape, out):
     outward = np.array([-1,-1,1,1])
     return check_box(b+outward*np.maximum(out, -limit), shape)
 
+# %% ../nbs/07_prompt.ipynb #0f93cfe9
 def perturb_box(
     box, # (4,) x0 y0 x1 y1, pixels
     shape:tuple, # (H,W) of the image
@@ -90,7 +100,8 @@ def perturb_box(
     shrink:bool=False, # may sides move inward as well?
 )->np.ndarray: # (4,) float32, inside the image
     "Each side moved by its own random amount: 0 to `max_px` outward, with `shrink` as far inward too"
-    if not 0<=max_px<np.inf: raise InputError(f'max_px is {max_px}: give a distance of 0 or more pixels')
+    if not 0<=max_px<np.inf:
+        raise InputError(f'max_px is {max_px}: give a distance of 0 or more pixels')
     return _move_sides(box, shape, rng.uniform(-max_px if shrink else 0, max_px, 4))
 
 # %% ../nbs/07_prompt.ipynb #6ec5e289
@@ -101,23 +112,28 @@ def slack_box(
     rng:np.random.Generator, # source of randomness
 )->np.ndarray: # (4,) float32, inside the image
     "Each side moved by 0 to |`slack`| pixels, all outward or all inward"
-    if not np.isfinite(slack): raise InputError(f'slack is {slack}: give a finite number of pixels')
+    if not np.isfinite(slack):
+        raise InputError(f'slack is {slack}: give a finite number of pixels')
     return _move_sides(box, shape, np.sign(slack)*rng.uniform(0, abs(slack), 4))
 
 # %% ../nbs/07_prompt.ipynb #b8248830
 def _deep_pixels(m, n, rng, where):
     "`n` different pixels (n,2) row column of `m`, drawn from its deeper half"
-    if n>m.sum(): raise InputError(f'{n} points were asked for {where} the mask, where there are {m.sum()} pixels: ask for fewer')
+    if n>m.sum():
+        raise InputError(f'{n} points were asked for {where} the mask, where there are '
+                         f'{m.sum()} pixels: ask for fewer')
     if not n: return np.empty((0,2))
     depth = _depth(m)[m]
     k = max(n, int((depth>=depth.max()/2).sum()))
     deepest = np.argsort(-depth, kind='stable')[:k]
     return np.argwhere(m)[rng.choice(deepest, n, replace=False)]
 
+# %% ../nbs/07_prompt.ipynb #f1e0da6b
 def _depth(m):
     "How far each pixel of a mask is from its edge; outside the image is outside the mask"
     return ndimage.distance_transform_edt(np.pad(m, 1))[1:-1,1:-1]
 
+# %% ../nbs/07_prompt.ipynb #57c67316
 def sample_points(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     n:int, # how many points inside
@@ -127,7 +143,8 @@ def sample_points(
     "Random pixel centres well inside a mask, and some outside it"
     m = _as_mask(mask)
     near = ndimage.binary_dilation(m, iterations=20)&~m if background else m
-    pts = np.concatenate([_deep_pixels(m, n, rng, 'inside'), _deep_pixels(near, background, rng, 'near')])
+    pts = np.concatenate([_deep_pixels(m, n, rng, 'inside'),
+                          _deep_pixels(near, background, rng, 'near')])
     return (pts[:,::-1]+.5).astype(np.float32), np.repeat([1,0], [n,background])
 
 # %% ../nbs/07_prompt.ipynb #f59af20f
@@ -137,6 +154,7 @@ def _largest(m):
     n = np.bincount(pieces.ravel())[1:]
     return (pieces==n.argmax()+1, n.max()) if len(n) else (m, 0)
 
+# %% ../nbs/07_prompt.ipynb #3b92f47c
 def next_click(
     pred:np.ndarray, # (H,W) bool, the mask so far; nothing but False before the first click
     truth:np.ndarray, # (H,W) bool, or zero and non-zero
@@ -144,7 +162,9 @@ def next_click(
 )->tuple: # point (2,) float32 x y, and its label, 1 missing or 0 too much; None where the mask is right
     "The click that corrects the largest error, in its middle and away from earlier clicks"
     p,t = _as_mask(pred),_as_mask(truth)
-    if p.shape!=t.shape: raise InputError(f'the mask has shape {p.shape} and the truth {t.shape}: bring them to one grid first')
+    if p.shape!=t.shape:
+        raise InputError(f'the mask has shape {p.shape} and the truth {t.shape}: bring '
+                         f'them to one grid first')
     missing,n = _largest(t&~p)
     extra,m = _largest(p&~t)
     if not n and not m: return None
@@ -166,6 +186,7 @@ def _left_first(ends)->np.ndarray:
     "Two ends (2,2) as a line (4,) float32, the left (then upper) one first"
     return ends[np.lexsort(ends.T[::-1])].ravel().astype(np.float32)
 
+# %% ../nbs/07_prompt.ipynb #ce62cbea
 def longest_diameter(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     spacing=(1,1), # mm; the last two values are row and column spacing
@@ -173,7 +194,8 @@ def longest_diameter(
     "The longest straight line across a mask, as measured for RECIST"
     m,mm = _as_mask(mask),_check_mm(spacing)
     rows = np.flatnonzero(m.any(1))
-    if not len(rows): raise InputError(f'the mask {m.shape} is empty, so it has no diameter')
+    if not len(rows):
+        raise InputError(f'the mask {m.shape} is empty, so it has no diameter')
     first,last = m[rows].argmax(1),m.shape[1]-m[rows][:,::-1].argmax(1)
     corners = [(x,y+d) for y,a,b in zip(rows, first, last) for x in (a,b) for d in (0,1)]
     pts = np.array(corners, float)
@@ -185,10 +207,13 @@ def longest_diameter(
 def _check_line(line):
     "The two ends (2,) and (2,) of a line, or an `InputError`"
     try: p,q = np.asarray(line, float).reshape(2,2)
-    except (TypeError, ValueError): raise InputError(f'the line is {line!r}: give four numbers x0 y0 x1 y1') from None
-    if not 0<np.linalg.norm(q-p)<np.inf: raise InputError(f'the line {line!r} has no length: give its two end points')
+    except (TypeError, ValueError):
+        raise InputError(f'the line is {line!r}: give four numbers x0 y0 x1 y1') from None
+    if not 0<np.linalg.norm(q-p)<np.inf:
+        raise InputError(f'the line {line!r} has no length: give its two end points')
     return p, q
 
+# %% ../nbs/07_prompt.ipynb #5076418f
 def _width_at(t, sides):
     "Lowest and highest place, across the long line, of a mask's sides at the place `t` along it"
     t0,t1,v0,v1 = sides
@@ -197,6 +222,7 @@ def _width_at(t, sides):
     v = v0[on]+part*(v1[on]-v0[on])
     return v.min(), v.max()
 
+# %% ../nbs/07_prompt.ipynb #be5e6a68
 def short_diameter(
     mask:np.ndarray, # (H,W) bool, or zero and non-zero
     line, # (4,) x0 y0 x1 y1, the longest diameter, pixels
@@ -231,7 +257,8 @@ def line_to_box(
     "The box of an ellipse that has the line as its long axis, in millimetres; with `short` it holds both lines"
     if margin is None: margin = .05 if short is None else .02
     if not (margin>=0 and ratio>0):
-        raise InputError(f'margin is {margin} and ratio {ratio}: the margin is 0 or more, the ratio above 0')
+        raise InputError(f'margin is {margin} and ratio {ratio}: the margin is 0 or more, '
+                         f'the ratio above 0')
     mm = _check_mm(spacing)[::-1]
     ends = np.stack(_check_line(line))*mm
     across = ends[:0] if short is None else np.stack(_check_line(short))*mm
@@ -247,16 +274,21 @@ def line_to_box(
 def _as_floats(a, what:str, need:str)->np.ndarray:
     "A float32 array; `InputError` for what cannot be read as numbers"
     try: return as_array(a).astype(np.float32)
-    except (TypeError, ValueError): raise InputError(f'{what} cannot be read as numbers: {a!r}; give {need}') from None
+    except (TypeError, ValueError):
+        raise InputError(f'{what} cannot be read as numbers: {a!r}; give {need}') from None
 
+# %% ../nbs/07_prompt.ipynb #df40c70c
 def _check_signs(point_labels, shape:tuple)->np.ndarray:
     "Labels (B,P) int64 for points of the same shape; None: all 1"
     if point_labels is None: return np.ones(shape, np.int64)
-    l = np.atleast_2d(_as_floats(point_labels, 'point_labels', 'one 0 (background) or 1 (foreground) per point'))
+    l = np.atleast_2d(_as_floats(point_labels, 'point_labels',
+                                 'one 0 (background) or 1 (foreground) per point'))
     if l.shape==shape and np.isin(l, (0,1)).all(): return l.astype(np.int64)
-    raise InputError('point_labels have to be one 0 (background) or 1 (foreground) per point: '
+    raise InputError('point_labels have to be one 0 (background) or 1 (foreground) per '
+                     'point: '
                      f'found {l.tolist()} for {shape[1]} points')
 
+# %% ../nbs/07_prompt.ipynb #921ef1ea
 def check_points(
     points, # (P,2) or (B,P,2) x y, image pixels
     point_labels, # (P,) or (B,P): 1 foreground, 0 background; None: all 1
@@ -270,14 +302,17 @@ def check_points(
     H,W = shape
     if not ((p>=0)&(p<=(W,H))).all():
         some = p.reshape(-1, 2).tolist()[:4]
-        raise InputError(f'a point lies outside the image of {W} x {H} pixels, or is not a number: {some}')
+        raise InputError(f'a point lies outside the image of {W} x {H} pixels, or is not '
+                         f'a number: {some}')
     return p, _check_signs(point_labels, p.shape[:2])
 
 # %% ../nbs/07_prompt.ipynb #d98eb208
 KINDS = {} # kind of prompt -> its class
 
-def _listed(v): return [_listed(o) for o in v] if isinstance(v, (tuple,list,np.ndarray)) else v
+def _listed(v):
+    return [_listed(o) for o in v] if isinstance(v, (tuple,list,np.ndarray)) else v
 
+# %% ../nbs/07_prompt.ipynb #c1e478a1
 @dataclass(frozen=True)
 class Prompt:
     "What a person draws on one slice, in pixels of the slice; each kind is a subclass"
@@ -318,7 +353,8 @@ class Prompt:
     def of_row(cls, row:dict, number)->'Prompt':
         "The prompt of a row of a table; `number(row, column)` reads one of its numbers"
         if cls.kind in row: return cls.of(row)
-        raise InputError(f'kind is {cls.kind!r}, and there is no {cls.kind!r}: its coordinates go there, in JSON')
+        raise InputError(f'kind is {cls.kind!r}, and there is no {cls.kind!r}: its '
+                         f'coordinates go there, in JSON')
 
 # %% ../nbs/07_prompt.ipynb #e66204b7
 @dataclass(frozen=True)
@@ -329,12 +365,14 @@ class Box(Prompt):
     kind = 'box'
     tools = (('box', 'box', 'Draw a box'),)
 
-    def checked(self, shape): return replace(self, box=tuple(map(float, check_box(self.box, shape))))
+    def checked(self, shape):
+        return replace(self, box=tuple(map(float, check_box(self.box, shape))))
     def around(self, shape, spacing=(1,1)): return check_box(self.box, shape)
     def show(self, ax=None): return show_box(np.array(self.box), ax)
 
     @classmethod
-    def of_row(cls, row, number): return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
+    def of_row(cls, row, number):
+        return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
 
 def as_prompt(
     p, # a `Prompt`, or a dict as `to_dict` gives it
@@ -344,7 +382,8 @@ def as_prompt(
     if not isinstance(p, Prompt):
         kind = p.get('kind') if isinstance(p, dict) else None
         if not isinstance(kind, str) or kind not in KINDS:
-            raise InputError(f"a prompt is {p!r}: its kind has to be {' or '.join(map(repr, KINDS))}")
+            raise InputError(f'a prompt is {p!r}: its kind has to be '
+                             f"{' or '.join(map(repr, KINDS))}")
         p = KINDS[kind].of(p)
     return p if shape is None else p.checked(shape)
 
@@ -360,11 +399,13 @@ class Line(Prompt):
     def checked(self, shape):
         line_to_box(self.line, shape)
         return replace(self, line=tuple(map(float, self.line)))
-    def around(self, shape, spacing=(1,1)): return line_to_box(self.line, shape, spacing=spacing)
+    def around(self, shape, spacing=(1,1)):
+        return line_to_box(self.line, shape, spacing=spacing)
     def show(self, ax=None): return show_line(np.array(self.line), ax)
 
     @classmethod
-    def of_row(cls, row, number): return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
+    def of_row(cls, row, number):
+        return cls(tuple(number(row, k) for k in ('x0','y0','x1','y1')))
 
 # %% ../nbs/07_prompt.ipynb #75e853c2
 @dataclass(frozen=True)
@@ -382,8 +423,11 @@ class Points(Prompt):
             raise InputError(f'a prompt of clicks has no labels: {self.to_dict()!r}; '
                              'give one 0 (background) or 1 (foreground) per point')
         p,l = check_points(self.points, self.point_labels, shape)
-        if len(p)!=1: raise InputError(f'points have shape {p.shape}: give the clicks of one prompt, (P,2)')
-        return replace(self, points=tuple(map(tuple, p[0].tolist())), point_labels=tuple(l[0].tolist()))
+        if len(p)!=1:
+            raise InputError(f'points have shape {p.shape}: give the clicks of one '
+                             f'prompt, (P,2)')
+        return replace(self, points=tuple(map(tuple, p[0].tolist())),
+                       point_labels=tuple(l[0].tolist()))
     def asked(self, grid, spacing=(1,1)):
         p,l = check_points(self.points, self.point_labels, grid.shape)
         return dict(points=p, point_labels=l)
@@ -391,7 +435,8 @@ class Points(Prompt):
 
     def to_dict(self): return super().to_dict()|dict(labels=_listed(self.point_labels))
     @classmethod
-    def of(cls, d): return cls(d.get('points'), d.get('labels'), carried=bool(d.get('carried')))
+    def of(cls, d):
+        return cls(d.get('points'), d.get('labels'), carried=bool(d.get('carried')))
 
 # %% ../nbs/07_prompt.ipynb #505bdb6b
 def mask_logits(
@@ -400,7 +445,9 @@ def mask_logits(
 )->np.ndarray: # (1,256,256) float32, 8 inside and -8 outside
     "A mask of the image as the prompt encoder takes it"
     m = _as_mask(mask)
-    if m.shape!=grid.shape: raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give a mask of the image')
+    if m.shape!=grid.shape:
+        raise InputError(f'the mask has shape {m.shape} and the image {grid.shape}: give '
+                         f'a mask of the image')
     small = resize_label(grid.turn(m).astype(np.uint8), 256, grid.fit)
     return np.where(small>0, 8, -8).astype(np.float32)[None]
 
@@ -417,11 +464,13 @@ class Outline(Prompt):
         try: p = np.asarray(self.outline, float)
         except (TypeError, ValueError): p = np.empty(0)
         if p.ndim!=2 or p.shape[1]!=2 or len(p)<3 or not np.isfinite(p).all():
-            raise InputError(f'the outline is {self.outline!r}: give at least three points (N,2) x y')
+            raise InputError(f'the outline is {self.outline!r}: give at least three '
+                             f'points (N,2) x y')
         p = p.clip(0, shape[:2][::-1])
         inside = replace(self, outline=tuple(map(tuple, p.tolist())))
         if inside.mask(shape).any(): return inside
-        raise InputError(f'the outline holds no pixel of the image (width {shape[1]}, height {shape[0]}): draw it wider')
+        raise InputError(f'the outline holds no pixel of the image (width {shape[1]}, '
+                         f'height {shape[0]}): draw it wider')
     def mask(self, shape:tuple)->np.ndarray:
         "(H,W) bool: the pixels whose centres lie inside"
         return polygon2mask(shape[:2], np.array(self.outline)[:,::-1]-.5)
@@ -429,7 +478,8 @@ class Outline(Prompt):
         p = np.array(self.outline)
         return check_box(np.concatenate([p.min(0), p.max(0)]), shape)
     def asked(self, grid, spacing=(1,1)):
-        return super().asked(grid, spacing)|dict(masks=mask_logits(self.mask(grid.shape), grid)[None])
+        return super().asked(grid, spacing)|dict(masks=mask_logits(self.mask(grid.shape),
+                                                                   grid)[None])
     def show(self, ax=None): return show_outline(self.outline, ax)
 
 # %% ../nbs/07_prompt.ipynb #55b680db
@@ -462,16 +512,21 @@ def table_of(
 def _check_columns(table):
     "The numbers of a table of boxes; `InputError` that names the first row that cannot be meant"
     miss = [c for c in BOX_COLUMNS if c not in table]
-    if miss: raise InputError(f"the boxes lack the columns {miss}: needed are {', '.join(BOX_COLUMNS)}, there are {list(table)}")
-    if not len(table): raise InputError('the table of boxes is empty: there is nothing to segment')
+    if miss:
+        raise InputError(f'the boxes lack the columns {miss}: needed are '
+                         f"{', '.join(BOX_COLUMNS)}, there are {list(table)}")
+    if not len(table):
+        raise InputError('the table of boxes is empty: there is nothing to segment')
     n = table[BOX_COLUMNS].apply(pd.to_numeric, errors='coerce')
     whole = (n[['z','label']]%1==0).all(axis=1)&n.label.between(1, 65535)
     bad = ~whole|n.isna().any(axis=1)
     if not bad.any(): return n
     first = table[bad][BOX_COLUMNS].iloc[0].to_dict()
     raise InputError(f'{bad.sum()} boxes cannot be used, the first is {first}: '
-                     'z and label are whole numbers (label 1 to 65535), x0 y0 x1 y1 are pixels')
+                     'z and label are whole numbers (label 1 to 65535), x0 y0 x1 y1 are '
+                     'pixels')
 
+# %% ../nbs/07_prompt.ipynb #01bb911f
 def asks_of(
     table, # rows z, label, x0, y0, x1, y1 (pixels), perhaps prompt (how it came about); or a list of `Ask`
 )->list: # of `Ask`
@@ -479,7 +534,8 @@ def asks_of(
     if not isinstance(table, pd.DataFrame): return list(table)
     rows = _check_columns(table).to_numpy(float)
     origins = table.get('prompt', pd.Series('', table.index))
-    return [Ask(int(z), int(label), Box(tuple(four)), str(o)) for (z,label,*four),o in zip(rows, origins)]
+    return [Ask(int(z), int(label), Box(tuple(four)), str(o)) for (z,label,*four),
+            o in zip(rows, origins)]
 
 # %% ../nbs/07_prompt.ipynb #5a3bdb6e
 def read_prompts(
@@ -488,24 +544,30 @@ def read_prompts(
     "Saved prompts, not yet checked against a volume; `InputError` if it is something else"
     if not isinstance(data, dict):
         try: data = json.loads(Path(data).read_text(encoding='utf-8'))
-        except (OSError, ValueError) as e: raise InputError(f'{data} cannot be read as prompts: {e}') from None
+        except (OSError, ValueError) as e:
+            raise InputError(f'{data} cannot be read as prompts: {e}') from None
     if isinstance(data, dict) and data.get('format')=='medsam_nb prompts': return data
-    raise InputError('these are not prompts of medsam_nb: the field format is missing or another')
+    raise InputError('these are not prompts of medsam_nb: the field format is missing or '
+                     'another')
 
 # %% ../nbs/07_prompt.ipynb #4f00836e
 def _check_objects(data:dict)->tuple:
     "The objects, and the prompts as (object, slice, dict)"
     try:
-        objects = [dict(id=int(o['id']), name=str(o['name']), colour=str(o['colour'])) for o in data['objects']]
+        objects = [dict(id=int(o['id']), name=str(o['name']), colour=str(o['colour']))
+                   for o in data['objects']]
         rows = [(int(r['object']), int(r['z']), r) for r in data['prompts']]
     except (KeyError, TypeError, ValueError, OverflowError) as e:
         raise InputError(f'these prompts are damaged: {type(e).__name__} {e}') from None
     ids = [o['id'] for o in objects]
     known = len(set(ids))==len(ids) and all(1<=i<=65535 for i in ids)
-    if known and all(re.fullmatch('#[0-9a-fA-F]{6}', o['colour']) for o in objects): return objects, rows
-    raise InputError('these prompts are damaged: object ids have to be different numbers from 1 to 65535, '
+    if known and all(re.fullmatch('#[0-9a-fA-F]{6}', o['colour']) for o in objects):
+        return objects, rows
+    raise InputError('these prompts are damaged: object ids have to be different numbers '
+                     'from 1 to 65535, '
                      'colours like #ff9500')
 
+# %% ../nbs/07_prompt.ipynb #c7e683d8
 def check_prompts(
     data:dict, # as `read_prompts` gives it
     shape:tuple, # (D,H,W) of the volume
@@ -513,14 +575,19 @@ def check_prompts(
 )->tuple: # objects, a list of dicts with id, name, colour; and prompts, (object, z) -> `Prompt`
     "Saved prompts that can be used on a volume of this shape; all of them or an `InputError`"
     if data.get('shape')!=list(shape):
-        raise InputError(f"the prompts were drawn on a volume of shape {data.get('shape')}, "
+        raise InputError('the prompts were drawn on a volume of shape '
+                         f"{data.get('shape')}, "
                          f'and {name} has {list(shape)} (slices, rows, columns)')
     objects,rows = _check_objects(data)
     ids,out = {o['id'] for o in objects},{}
     for n,(i,z,r) in enumerate(rows, 1):
         if i not in ids or not 0<=z<shape[0] or z!=r['z']:
-            raise InputError(f"prompt {n} belongs to object {i} on slice {r['z']}, which is not there")
-        if (i,z) in out: raise InputError(f'prompt {n} is a second one of object {i} on slice {z}: one is possible')
+            raise InputError(f"prompt {n} belongs to object {i} on slice {r['z']}, which "
+                             f'is not there')
+        if (i,z) in out:
+            raise InputError(f'prompt {n} is a second one of object {i} on slice {z}: one '
+                             f'is possible')
         try: out[i,z] = as_prompt(r, shape[1:])
-        except (TypeError, ValueError) as e: raise InputError(f'prompt {n} is damaged: {e}') from None
+        except (TypeError, ValueError, OverflowError) as e:
+            raise InputError(f'prompt {n} is damaged: {e}') from None
     return objects, out

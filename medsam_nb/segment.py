@@ -9,27 +9,30 @@ __all__ = ['NEEDED', 'interpolate_boxes', 'read_boxes', 'Segmentation', 'segment
 # %% ../nbs/13_segment.ipynb #3f0a1c04
 import csv, json, os, shutil, tempfile, warnings
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from textwrap import fill
 import matplotlib.pyplot as plt
 import numpy as np, pandas as pd
 from fastcore.basics import patch
 from .core import InputError, command, delegates, parse_ids, renamed
-from .metrics import dsc, nsd
+from .metrics import dsc, score
 from .predict import Predictor, oracle_boxes, predict_slices
 from .prompt import BOX_COLUMNS, KINDS, Ask, Box, asks_of, check_prompts, read_prompts, table_of
 from .show import show_grid, show_mask
 from .view import Recipe, View
-from .volume import Volume, check_pair, read_volume, split_name, write_mask
+from .volume import Volume, check_pair, read_volume, split_name, writable, write_mask
 
 # %% ../nbs/13_segment.ipynb #3f0a1c09
+def _given(value): return value is not None and str(value).strip()!=''
+
 def _number(row, key):
     "A finite number of a row"
     v = row.get(key)
-    if v is None or str(v).strip()=='': raise InputError(f'{key} is missing')
-    try: x = np.nan if isinstance(v, bool) else float(v)
+    if not _given(v): raise InputError(f'{key} is missing')
+    try: x = float(v)
     except (TypeError, ValueError, OverflowError): x = np.nan
-    if np.isfinite(x): return x
+    if np.isfinite(x) and not isinstance(v, bool): return x
     raise InputError(f'{key} is {v!r}: give a number')
 
 def _whole(row, key, lo, hi, what):
@@ -38,48 +41,57 @@ def _whole(row, key, lo, hi, what):
     if x%1==0 and lo<=x<=hi: return int(x)
     raise InputError(f'{key} is {x:g}: {what} {lo} to {hi}')
 
+# %% ../nbs/13_segment.ipynb #4dd981d8
 def _slices_of(row, depth):
     "The slices of a row: its z, or z0 to z1, both included"
-    def given(k): return str('' if row.get(k) is None else row[k]).strip()!=''
     def one(k): return _whole(row, k, 0, depth-1, 'the volume has slices')
-    if not (given('z0') or given('z1')): return [one('z')]
-    if given('z'): raise InputError('z and z0, z1 are both given: a box lies on slice z, or on all from z0 to z1')
-    z0,z1 = one('z0'),one('z1')
-    if z0>z1: raise InputError(f'z0 is {z0} and z1 is {z1}: z0 is the lower slice')
-    return range(z0, z1+1)
+    z,z0,z1 = (_given(row.get(k)) for k in ('z','z0','z1'))
+    if not (z0 or z1): return [one('z')]
+    if z: raise InputError('z and z0, z1 are both given: a box lies on slice z, or on all from z0 to z1')
+    first,last = one('z0'),one('z1')
+    if first<=last: return range(first, last+1)
+    raise InputError(f'z0 is {first} and z1 is {last}: z0 is the lower slice')
 
 # %% ../nbs/13_segment.ipynb #3f0a1c11
 def _kind_of(row):
+    "The class of prompts that a row is of"
     kind = str(row.get('kind') or 'box').strip().lower()
     if kind in KINDS: return KINDS[kind]
     raise InputError(f"kind is {row['kind']!r}: it has to be {' or '.join(KINDS)}")
 
+# %% ../nbs/13_segment.ipynb #e0bbd7de
 def _origin(row, kind, slices):
     "How the prompt of a row came about; '' where its kind says it"
     if row.get('prompt')=='oracle box': return 'oracle box'
-    return '3-D box' if kind is Box and isinstance(slices, range) else ''
+    deep = kind is Box and isinstance(slices, range)
+    return '3-D box' if deep else ''
 
+# %% ../nbs/13_segment.ipynb #77970534
 def _asks_of_row(row, volume):
     "What a row asks for, an `Ask` per slice; and its prompt as it stands in the row"
-    kind,slices = _kind_of(row),_slices_of(row, len(volume.array))
+    kind = _kind_of(row)
+    slices = _slices_of(row, len(volume.array))
     label_id = _whole(row, 'label', 1, 65535, 'it is a whole number from')
     given = kind.of_row(row, _number)
-    prompt,origin = given.checked(volume.shape[1:]),_origin(row, kind, slices)
+    prompt = given.checked(volume.shape[1:])
+    origin = _origin(row, kind, slices)
     return [Ask(z, label_id, prompt, origin) for z in slices],given
 
 # %% ../nbs/13_segment.ipynb #3f0a1c14
 NEEDED = ['label',*BOX_COLUMNS[2:]] # columns of a CSV file, beside z
 
+# %% ../nbs/13_segment.ipynb #978f5373
 def _check_names(names):
     "Refuse a header without the columns that are needed, or with one twice"
     miss = [n for n in NEEDED if n not in names]
     if 'z' not in names and not {'z0','z1'}<=set(names): miss.append('z')
     if miss:
-        raise InputError(f"it lacks the columns {miss}; it has {names[:12]}. Needed are {', '.join(BOX_COLUMNS)}; "
-                         'z0 and z1 may stand for z')
+        raise InputError(f'it lacks the columns {miss} and has {names[:12]}: '
+                         f"needed are {', '.join(BOX_COLUMNS)}; z0 and z1 may stand for z")
     twice = [n for n in names if n and names.count(n)>1]
     if twice: raise InputError(f'it has the column {twice[0]!r} twice')
 
+# %% ../nbs/13_segment.ipynb #342dd0b0
 def _csv_rows(text):
     "The rows of a CSV file as dicts of strings"
     head = text.strip().split('\n')[0]
@@ -88,21 +100,26 @@ def _csv_rows(text):
     names = reader.fieldnames = [str(n).strip().lower() for n in reader.fieldnames or []]
     _check_names(names)
     rows = list(reader)
-    long = [i for i,r in enumerate(rows, 1) if any(r.pop(None, ()))]
-    if long: raise InputError(f'row {long[0]}: it has more fields than the {len(names)} columns')
+    for i,row in enumerate(rows, 1):
+        extra = row.pop(None, ())
+        if any(extra): raise InputError(f'row {i}: it has more fields than the {len(names)} columns')
     return rows
 
-# %% ../nbs/13_segment.ipynb #84aa060f
+# %% ../nbs/13_segment.ipynb #4a1d1aeb
 def _json_rows(text):
     "The rows of a JSON file, or the dict that the drawing cell saved"
     data = json.loads(text)
     if isinstance(data, dict) and 'format' in data: return data
     rows = data.get('boxes') if isinstance(data, dict) else data
-    if not isinstance(rows, list): raise InputError("there is no list of rows in it: give a list, or a list under the key 'boxes'")
-    odd = [i for i,r in enumerate(rows, 1) if not isinstance(r, dict)]
-    if not odd: return rows
-    raise InputError(f"row {odd[0]}: it is {rows[odd[0]-1]!r}: give an object with the keys {', '.join(BOX_COLUMNS)}")
+    if not isinstance(rows, list):
+        raise InputError("there is no list of rows in it: give a list, or a list under the key 'boxes'")
+    for i,row in enumerate(rows, 1):
+        if isinstance(row, dict): continue
+        raise InputError(f'row {i}: it is {row!r}: '
+                         f"give an object with the keys {', '.join(BOX_COLUMNS)}")
+    return rows
 
+# %% ../nbs/13_segment.ipynb #9b8d8fcb
 def _rows(path):
     "The rows of a file, CSV or JSON"
     if not path.is_file(): raise InputError(f'there is no box file at {path}')
@@ -112,41 +129,59 @@ def _rows(path):
         return _json_rows(text) if is_json else _csv_rows(text)
     except InputError as e: raise InputError(f'{path}: {e}') from None
     except (OSError, ValueError, RecursionError, csv.Error) as e:
-        raise InputError(f'{path} cannot be read as a table of boxes ({str(e) or type(e).__name__}): '
+        why = str(e) or type(e).__name__
+        raise InputError(f'{path} cannot be read as a table of boxes ({why}): '
                          f"give CSV or JSON with {', '.join(BOX_COLUMNS)}") from None
 
 # %% ../nbs/13_segment.ipynb #3f0a1c16
 def _cut(given, used, shape):
     "A sentence, if the box of a row reached beyond the image by a pixel or more"
-    if not isinstance(used, Box) or max(abs(a-b) for a,b in zip(given.box, used.box))<1: return ''
+    if not isinstance(used, Box): return ''
+    most = np.abs(np.subtract(given.box, used.box)).max()
+    if most<1: return ''
     four = ', '.join(f'{v:g}' for v in used.box)
     return (f'the box reaches beyond the image (width {shape[1]}, height {shape[0]}) and was cut to {four}. '
             'Is it in the pixels of another grid?')
 
+# %% ../nbs/13_segment.ipynb #74072a8d
+def _check_new(i, asks, seen):
+    "Refuse what row `i` asks for when another row did; `seen` holds (slice, label) -> row"
+    for a in asks:
+        j = seen.setdefault((a.z, a.label), i)
+        if j!=i: raise InputError(f'row {i}: label {a.label} on slice {a.z} is asked for in row {j} already')
+
+# %% ../nbs/13_segment.ipynb #ed2e20f4
+def _clean(row):
+    "A row with small letters in its keys; None for an empty row of a spreadsheet"
+    if row and all(v in (None,'') for v in row.values()): return None
+    return {str(k).strip().lower():v for k,v in row.items()}
+
+# %% ../nbs/13_segment.ipynb #4e2a87eb
 def _asks_of_rows(rows, volume):
     "What the rows of a file ask for; a row that cannot be meant is an `InputError` with its number"
     if rows and {'case','slack'}<=set(rows[0]):
         raise InputError('this is the box file of medsam_evaluate, with oracle boxes of several cases and slacks: '
                          'for one scan give --labels without --boxes, or a file of your own')
     out,seen = [],{}
-    for i,row in enumerate(rows, 1):
-        if row and all(v in (None,'') for v in row.values()): continue # an empty row of a spreadsheet
-        try: new,given = _asks_of_row({str(k).strip().lower():v for k,v in row.items()}, volume)
-        except InputError as e: raise InputError(f'row {i}: {e}') from None
-        for a in new:
-            j = seen.setdefault((a.z, a.label), i)
-            if j!=i: raise InputError(f'row {i}: label {a.label} on slice {a.z} is asked for in row {j} already')
-        if cut:=_cut(given, new[0].prompt, volume.shape[1:]): warnings.warn(f'row {i}: {cut}', stacklevel=3)
+    for i,row in enumerate(map(_clean, rows), 1):
+        if row is None: continue
+        try: new,given = _asks_of_row(row, volume)
+        except (TypeError, ValueError, OverflowError) as e: raise InputError(f'row {i}: {e}') from None
+        _check_new(i, new, seen)
+        cut = _cut(given, new[0].prompt, volume.shape[1:])
+        if cut: warnings.warn(f'row {i}: {cut}', stacklevel=3)
         out += new
     return out
 
 # %% ../nbs/13_segment.ipynb #3f0a1c18
-def _between(label_id, boxes, taken):
+def _between(label, boxes, taken):
     "The boxes of a label on the slices between its first and last, but for those that are taken"
-    gap = [z for z in range(boxes.z.min(), boxes.z.max()) if z not in taken]
-    sides = np.stack([np.interp(gap, boxes.z, boxes[k]) for k in BOX_COLUMNS[2:]], 1)
-    return [Ask(z, label_id, Box(tuple(four)), 'interpolated') for z,four in zip(gap, sides.tolist())]
+    gap = sorted(set(range(boxes.z.min(), boxes.z.max()))-taken)
+    sides = [np.interp(gap, boxes.z, boxes[k]) for k in BOX_COLUMNS[2:]]
+    between = np.stack(sides, 1).tolist()
+    return [Ask(z, label, Box(tuple(b)), 'interpolated') for z,b in zip(gap, between)]
 
+# %% ../nbs/13_segment.ipynb #59e12c4e
 def interpolate_boxes(
     asks, # a list of `Ask`, or a table of boxes; clicks stay as they are
     shape:tuple, # (H,W) of a slice
@@ -159,17 +194,20 @@ def interpolate_boxes(
         raise InputError('no label has boxes on two slices, so there is nothing to interpolate between')
     new = list(asks)
     for label_id,some in boxes.groupby('label'):
-        new += _between(label_id, some, {a.z for a in asks if a.label==label_id})
+        taken = {a.z for a in asks if a.label==label_id}
+        new += _between(label_id, some, taken)
     return new
 
-# %% ../nbs/13_segment.ipynb #49908bd4
+# %% ../nbs/13_segment.ipynb #3839da7d
 def _asks_in(path, volume):
     "What a file asks for"
     rows = _rows(path)
     if not isinstance(rows, dict): return _asks_of_rows(rows, volume)
-    _,prompts = check_prompts(read_prompts(rows), volume.shape, volume.case or 'the volume')
+    name = volume.case or 'the volume'
+    _,prompts = check_prompts(read_prompts(rows), volume.shape, name)
     return [Ask(z, label_id, p) for (label_id,z),p in prompts.items()]
 
+# %% ../nbs/13_segment.ipynb #a69afcf3
 def read_boxes(
     path, # CSV, JSON, or what the drawing cell saved
     volume:Volume, # what the boxes were drawn on, (D,H,W)
@@ -187,29 +225,33 @@ def read_boxes(
     return sorted(asks, key=lambda a: (a.z, a.label))
 
 # %% ../nbs/13_segment.ipynb #3f0a1c23
-def _flat(volume): return volume.source.plane=='image' and bool((volume.spacing==1).all()) # a picture: nobody knows how large a pixel is
-
 def _slice_rows(asks, iou, mask, volume, label):
     "What was asked, a row each, and what came of it"
-    def at(array, a): return array[a.z]==a.label
+    def at(array): return [array[a.z]==a.label for a in asks]
+    found = at(mask)
     t = table_of(asks, volume.shape[1:], volume.spacing)
-    t['pixels'] = [int(at(mask, a).sum()) for a in asks]
-    t['area_mm2'] = np.nan if _flat(volume) else t.pixels*volume.spacing[1:].prod()
+    t['pixels'] = [int(m.sum()) for m in found]
+    mm2 = volume.spacing[1:].prod()
+    t['area_mm2'] = np.nan if volume.flat else t.pixels*mm2
     t['predicted_iou'] = iou
-    if label is not None: t['DSC'] = [dsc(at(mask, a), at(label.array, a)) for a in asks]
+    if label is not None: t['DSC'] = list(map(dsc, found, at(label.array)))
     return t
 
-def _score(label_id, slices, mask, volume, label, tolerance):
-    "DSC and NSD of a label over the whole volume, with the slices that were asked and those that were missed"
-    p,t = mask==label_id,label.array==label_id
+# %% ../nbs/13_segment.ipynb #dda43046
+def _score(i, slices, mask, volume, label, tolerance):
+    "DSC and NSD of label `i` over the whole volume, with the slices that were asked and those that were missed"
+    p,t = mask==i,label.array==i
     asked = np.isin(np.arange(len(p)), slices)
     missed = t.any((1,2))&~asked
-    counts = dict(slices=int(asked.sum()), missed=int(missed.sum()), voxels=int(p.sum()), true_voxels=int(t.sum()))
-    if len(p)==1: p,t = p[0],t[0] # a surface across the only slice would be an artefact
-    scores = dict(DSC=dsc(p, t), NSD=nsd(p, t, volume.spacing[-p.ndim:], tolerance))
-    return dict(label=label_id, **counts, **scores, tolerance=tolerance, unit='px' if _flat(volume) else 'mm')
+    row = dict(label=i, slices=int(asked.sum()), missed=int(missed.sum()))
+    row |= dict(voxels=int(p.sum()), true_voxels=int(t.sum()))
+    row['DSC'],row['NSD'] = score(p, t, volume.spacing, tolerance)
+    return row|dict(tolerance=tolerance, unit='px' if volume.flat else 'mm')
 
 # %% ../nbs/13_segment.ipynb #3f0a1c24
+def _printed(scores): return scores.round(3).to_string(index=False)
+
+# %% ../nbs/13_segment.ipynb #ad3a6237
 @dataclass(repr=False, eq=False)
 class Segmentation:
     "A mask, what was asked for it, and how good it is where that is known"
@@ -224,25 +266,57 @@ class Segmentation:
     @property
     def what(self)->str:
         "What the prompts are called beside a number"
-        oracle = [a.said=='oracle box' for a in self.asks]
-        if all(oracle): return 'oracle boxes'
-        return 'prompts (oracle boxes among them)' if any(oracle) else 'prompts'
+        said = {a.said for a in self.asks}
+        if said=={'oracle box'}: return 'oracle boxes'
+        return 'prompts (oracle boxes among them)' if 'oracle box' in said else 'prompts'
 
     def __repr__(self):
-        n,voxels = len({a.z for a in self.asks}),np.count_nonzero(self.mask)
-        first = f'Segmentation of {self.volume.case!r} from {len(self.asks)} {self.what} on {n} slices: {voxels} voxels'
-        return first if self.scores is None else f'{first}\n{self.scores.round(3).to_string(index=False)}'
+        n = len({a.z for a in self.asks})
+        voxels = np.count_nonzero(self.mask)
+        asked = f'{len(self.asks)} {self.what} on {n} slices'
+        first = f'Segmentation of {self.volume.case!r} from {asked}: {voxels} voxels'
+        if self.scores is None: return first
+        return first+'\n'+_printed(self.scores)
 
 # %% ../nbs/13_segment.ipynb #3f0a1c27
 def _what_to_ask(boxes, label, label_ids):
     "A list of `Ask`: the boxes that were given or else oracle boxes, of these labels only"
-    if boxes is None and label is None: raise InputError('there is nothing to ask: give boxes, or labels to take oracle boxes from')
-    if boxes is None: return asks_of(oracle_boxes(label, label_ids).assign(prompt='oracle box'))
+    if boxes is None and label is None:
+        raise InputError('there is nothing to ask: give boxes, or labels to take oracle boxes from')
+    if boxes is None:
+        tight = oracle_boxes(label, label_ids)
+        return asks_of(tight.assign(prompt='oracle box'))
     asks = asks_of(boxes)
-    some = [a for a in asks if label_ids is None or a.label in label_ids]
+    if label_ids is None: return asks
+    some = [a for a in asks if a.label in label_ids]
     if some: return some
-    raise InputError(f'no box is of the labels {list(label_ids or ())}: there are boxes of {sorted({a.label for a in asks})}')
+    there = sorted({a.label for a in asks})
+    raise InputError(f'no box is of the labels {list(label_ids)}: there are boxes of {there}')
 
+# %% ../nbs/13_segment.ipynb #d9a31c7d
+@patch
+def _scored(self:Segmentation, tolerance):
+    "The scores of each label that was asked for"
+    slices = {}
+    for a in self.asks: slices.setdefault(a.label, []).append(a.z)
+    rows = []
+    for i in sorted(slices):
+        row = _score(i, slices[i], self.mask, self.volume, self.label, tolerance)
+        rows.append(dict(prompts=self.what)|row)
+    return pd.DataFrame(rows)
+
+# %% ../nbs/13_segment.ipynb #a91e9a0e
+def _answers(slices, shape):
+    "The mask of all slices, what was asked in their order, and the predicted IoU of each"
+    mask,answered = np.zeros(shape, np.uint16),[]
+    for z,here,some in slices:
+        mask[z] = here
+        answered += some
+    if mask.max()<256: mask = mask.astype(np.uint8)
+    asks,iou = zip(*answered)
+    return mask,list(asks),np.array(iou)
+
+# %% ../nbs/13_segment.ipynb #c4e47b19
 @delegates(Recipe, but='anatomy,min_pixels')
 def segment(
     volume:Volume, # (D,H,W) or (D,H,W,3), as `read_volume` gives it
@@ -259,64 +333,82 @@ def segment(
     if not 0<=tolerance<np.inf: raise InputError(f'tolerance is {tolerance}: give a distance of 0 mm or more')
     if recipe is not None and kwargs: raise InputError(f'a recipe was given and {list(kwargs)} too: give one of them')
     if label is not None: check_pair(volume, label)
-    recipe,ids = recipe or Recipe(**kwargs),parse_ids(label_ids)
+    recipe = recipe or Recipe(**kwargs)
+    ids = parse_ids(label_ids)
     asks = _what_to_ask(boxes, label, None if ids=='all' else ids)
     if not isinstance(predictor, Predictor): predictor = Predictor(predictor)
-    mask,answered = np.zeros(volume.shape, np.uint16),[]
-    for z,here,some in predict_slices(predictor, volume, asks, recipe, progress):
-        mask[z] = here
-        answered += some
-    if mask.max()<256: mask = mask.astype(np.uint8)
-    asks,iou = zip(*answered)
-    out = Segmentation(volume, mask, list(asks), _slice_rows(asks, np.array(iou), mask, volume, label), None, label, recipe)
+    mask,asks,iou = _answers(predict_slices(predictor, volume, asks, recipe, progress), volume.shape)
+    slices = _slice_rows(asks, iou, mask, volume, label)
+    out = Segmentation(volume, mask, asks, slices, None, label, recipe)
     if label is not None: out.scores = out._scored(tolerance)
     return out
 
-@patch
-def _scored(self:Segmentation, tolerance):
-    "The scores of each label that was asked for"
-    slices = {}
-    for a in self.asks: slices.setdefault(a.label, []).append(a.z)
-    rows = [_score(i, slices[i], self.mask, self.volume, self.label, tolerance) for i in sorted(slices)]
-    return pd.DataFrame([dict(prompts=self.what, **r) for r in rows])
+# %% ../nbs/13_segment.ipynb #c36b36c1
+def _even(zs, k):
+    "`k` of `zs`, sorted and evenly spread; all where there are no more"
+    zs = sorted(zs)
+    if len(zs)<=k: return zs
+    step = len(zs)/k
+    return [zs[int((i+.5)*step)] for i in range(k)]
 
-# %% ../nbs/13_segment.ipynb #0a1d275b
-def _even(z, k): return [z[int((i+.5)*len(z)/k)] for i in range(k)] if len(z)>k else list(z)
-
+# %% ../nbs/13_segment.ipynb #2ef816ff
 def _spread(asks, n):
     "At most `n` slices, spread evenly over those of every label"
     by_label = {}
     for a in asks: by_label.setdefault(a.label, set()).add(int(a.z))
     each = max(1, n//len(by_label))
-    return _even(sorted({z for zs in by_label.values() for z in _even(sorted(zs), each)}), n)
+    some = set()
+    for zs in by_label.values(): some |= set(_even(zs, each))
+    return _even(some, n)
 
+# %% ../nbs/13_segment.ipynb #e70ba9a0
 @patch
 def _truth(self:Segmentation, z):
     "(H,W) the ground truth of a slice, but for labels that nobody asked for; all 0 where it is not known"
     if self.label is None: return np.zeros(self.volume.shape[1:], np.uint8)
     truth = self.label.array[z]
-    return np.where(np.isin(truth, [a.label for a in self.asks]), truth, 0)
+    asked = [a.label for a in self.asks]
+    return np.where(np.isin(truth, asked), truth, 0)
 
+# %% ../nbs/13_segment.ipynb #189bb76d
+def _widened(at, length):
+    "From where to where to look along an axis to see all of `at`, with half as much again around it"
+    if not len(at): return 0,length
+    margin = max(8, np.ptp(at)/2)
+    return int(max(0, at.min()-margin)), int(min(length, at.max()+margin))
+
+# %% ../nbs/13_segment.ipynb #11f86d8d
 @patch
 def _part(self:Segmentation, zs):
     "x0 y0 x1 y1 of all that is to be seen on some slices, with half as much again around it"
-    H,W = self.volume.shape[1:]
-    boxes = table_of(self.asks, (H,W), self.volume.spacing).dropna(subset=BOX_COLUMNS)
-    seen = np.any([(self.mask[z]>0)|(self._truth(z)>0) for z in zs], axis=0)
-    ys,xs = np.flatnonzero(seen.any(1)),np.flatnonzero(seen.any(0))
-    x,y = np.array([*boxes.x0, *boxes.x1, *xs, *xs+1]),np.array([*boxes.y0, *boxes.y1, *ys, *ys+1])
-    if not len(x): return 0,0,W,H
-    mx,my = (max(8, np.ptp(v)/2) for v in (x,y))
-    return int(max(0, x.min()-mx)), int(max(0, y.min()-my)), int(min(W, x.max()+mx)), int(min(H, y.max()+my))
+    shape = self.volume.shape[1:]
+    boxes = table_of(self.asks, shape, self.volume.spacing)
+    boxes = boxes.dropna(subset=BOX_COLUMNS)
+    seen = np.zeros(shape, bool)
+    for z in zs: seen |= (self.mask[z]>0)|(self._truth(z)>0)
+    ys,xs = (np.flatnonzero(seen.any(axis)) for axis in (1,0))
+    x = np.array([*boxes.x0, *boxes.x1, *xs, *xs+1])
+    y = np.array([*boxes.y0, *boxes.y1, *ys, *ys+1])
+    (x0,x1),(y0,y1) = _widened(x, shape[1]),_widened(y, shape[0])
+    return x0,y0,x1,y1
 
 # %% ../nbs/13_segment.ipynb #3f0a1c26
+@patch
+def _grey(self:Segmentation, zs):
+    "Slices as they lie in the scan, with the grey values that the model saw"
+    view = View(self.volume, self.recipe)
+    upright = [view.grid.turn(view.grey(z)) for z in zs]
+    return [np.rint(a).astype(np.uint8) for a in upright]
+
 @patch
 def _mark(self:Segmentation, ax, z):
     "Prompts and true outlines on a slice"
     for a in self.asks:
         if a.z==z: a.prompt.show(ax)
-    if self.label is not None: show_mask(self._truth(z), ax, color='white', contour=True)
+    if self.label is None: return
+    show_mask(self._truth(z), ax, color='white', contour=True)
 
+# %% ../nbs/13_segment.ipynb #830c9078
 @patch
 def show(
     self:Segmentation,
@@ -325,16 +417,19 @@ def show(
 ): # the figure
     "Slices with their prompts, masks, and the true outline where it is known"
     v,zs = self.volume,_spread(self.asks, n)
-    view,ncols = View(v, self.recipe),min(4, len(zs))
-    images = [np.rint(view.grid.turn(view.grey(z))).astype(np.uint8) for z in zs]
-    fig = show_grid(images, [f'slice {z}' for z in zs], ncols=ncols, masks=[self.mask[z] for z in zs], size=size)
+    ncols = min(4, len(zs))
+    titles = [f'slice {z}' for z in zs]
+    fig = show_grid(self._grey(zs), titles, ncols=ncols, masks=self.mask[zs], size=size)
     x0,y0,x1,y1 = self._part(zs)
     for ax,z in zip(fig.axes, zs):
         self._mark(ax, z)
-        ax.set(xlim=(x0,x1), ylim=(y1,y0), aspect=v.spacing[1]/v.spacing[2])
-    fig.set_size_inches(size*ncols, -(-len(zs)//ncols)*(size*(y1-y0)/(x1-x0)+.25))
+        aspect = v.spacing[1]/v.spacing[2]
+        ax.set(xlim=(x0-.5,x1-.5), ylim=(y1-.5,y0-.5), aspect=aspect) # matplotlib's pixel 0 begins at -0.5
+    height = size*(y1-y0)/(x1-x0)+.25
+    fig.set_size_inches(size*ncols, height*ceil(len(zs)/ncols))
     truth = '' if self.label is None else '; white: ground truth'
-    fig.suptitle(fill(f'{v.case}: masks from {self.what}{truth}', 28*ncols), fontsize=9)
+    title = f'{v.case}: masks from {self.what}{truth}'
+    fig.suptitle(fill(title, 28*ncols), fontsize=9)
     return fig
 
 # %% ../nbs/13_segment.ipynb #3f0a1c34
@@ -344,16 +439,26 @@ def output_paths(
     "The mask and the files beside it, the mask last"
     out = Path(out)
     stem = split_name(out)[0]
-    beside = {k:out.with_name(f'{stem}_{k}{end}') for k,end in dict(slices='.csv', qc='.png', scores='.csv').items()}
-    return {**beside, 'mask':out}
+    def beside(end): return out.with_name(f'{stem}_{end}')
+    return dict(slices=beside('slices.csv'), qc=beside('qc.png'), scores=beside('scores.csv'), mask=out)
 
+# %% ../nbs/13_segment.ipynb #83739ffb
+def _is_one_of(path, inputs):
+    "Is something at `path`, and is it an input?"
+    there = [i for i in inputs if i is not None and Path(i).exists()]
+    return path.exists() and any(path.samefile(i) for i in there)
+
+# %% ../nbs/13_segment.ipynb #bcee974e
 def _check_free(path, overwrite, inputs):
     "Refuse a path that is an input, or has something on it"
-    if any(i is not None and path.exists() and Path(i).exists() and path.samefile(i) for i in inputs):
+    if _is_one_of(path, inputs):
         raise InputError(f'{path} is an input, and the results would replace it: choose another name')
-    if not os.path.lexists(path) or overwrite and not path.is_dir(): return
-    raise InputError(f"{path} exists already: choose another name{'' if path.is_dir() else ', or pass --overwrite'}")
+    if not os.path.lexists(path): return
+    if overwrite and not path.is_dir(): return
+    way = '' if path.is_dir() else ', or pass --overwrite'
+    raise InputError(f'{path} exists already: choose another name{way}')
 
+# %% ../nbs/13_segment.ipynb #e79e164d
 def check_outputs(
     out, # where the mask goes
     flat:bool=False, # is the source a 2-D image?
@@ -362,24 +467,27 @@ def check_outputs(
 ):
     "Raise `InputError` when the results could not be written, before anything is done"
     out = Path(out)
-    ends = ('.nii.gz','.nii','.nrrd','.mha')+(('.png','.tif','.tiff') if flat else ())
-    if split_name(out)[1] not in ends:
+    if split_name(out)[1] not in writable(flat):
         raise InputError(f'a mask cannot be written as {out.name}: '
                          'use .nii.gz, .nii, .nrrd or .mha, and for a 2-D image also .png or .tif')
     for p in output_paths(out).values(): _check_free(p, overwrite, inputs)
     above = next(p for p in out.absolute().parents if p.exists())
-    if not (above.is_dir() and os.access(above, os.W_OK)): raise InputError(f'nothing can be written into {above}: choose another folder')
+    if above.is_dir() and os.access(above, os.W_OK): return
+    raise InputError(f'nothing can be written into {above}: choose another folder')
 
 # %% ../nbs/13_segment.ipynb #3f0a1c35
 @patch
 def _write(self:Segmentation, paths, box):
     "All files of an answer into the folder `box`"
-    for k in paths.keys()&{'slices','scores'}: getattr(self, k).to_csv(box/paths[k].name, index=False, float_format='%.6g')
+    for k in paths.keys()&{'slices','scores'}:
+        table = getattr(self, k)
+        table.to_csv(box/paths[k].name, index=False, float_format='%.6g')
     fig = self.show()
     fig.savefig(box/paths['qc'].name, dpi=110)
     plt.close(fig)
     write_mask(self.mask, self.volume, box/paths['mask'].name)
 
+# %% ../nbs/13_segment.ipynb #f06a2c84
 @patch
 def save(
     self:Segmentation,
@@ -389,11 +497,11 @@ def save(
     "Write the mask in the geometry of the scan, and tables and picture beside it: all of them, or no mask"
     flat = self.volume.source.plane=='image'
     check_outputs(out, flat, overwrite)
-    paths = output_paths(out)
+    paths,folder = output_paths(out),Path(out).parent
     older = [paths['mask'], paths['scores']]
     if self.scores is None: del paths['scores']
-    paths['mask'].parent.mkdir(parents=True, exist_ok=True)
-    box = Path(tempfile.mkdtemp(prefix='.', suffix='.tmp', dir=paths['mask'].parent))
+    folder.mkdir(parents=True, exist_ok=True)
+    box = Path(tempfile.mkdtemp(prefix='.', suffix='.tmp', dir=folder))
     try:
         self._write(paths, box)
         check_outputs(out, flat, overwrite)
@@ -403,17 +511,32 @@ def save(
     return paths
 
 # %% ../nbs/13_segment.ipynb #3f0a1c39
-def _counted(n, what): return f'{n} {what}' if n>1 else '1 prompt' if what=='prompts' else '1 oracle box'
+def _counted(n, what):
+    "A number of prompts in words"
+    if n>1: return f'{n} {what}'
+    return '1 prompt' if what=='prompts' else '1 oracle box'
 
+# %% ../nbs/13_segment.ipynb #73fe96f4
+@patch
+def _report(self:Segmentation, paths):
+    "Say what came out and where it is"
+    if self.scores is not None:
+        print(f'{self.volume.case}: DSC and NSD over the whole volume, {self.what}')
+        print(_printed(self.scores))
+    what,voxels = _counted(len(self.asks), self.what),np.count_nonzero(self.mask)
+    beside = ', '.join(p.name for k,p in paths.items() if k!='mask')
+    print(f"{what}, {voxels} voxels, written to {paths['mask']}; beside it {beside}")
+
+# %% ../nbs/13_segment.ipynb #c25d1eb9
 @command
 @renamed(label_id='label_ids', names='ids')
 @delegates(segment, but='volume,label,predictor,recipe,progress,size')
 def medsam_predict(
     image:str, # the volume, DICOM series folder or 2-D image
-    out:str, # where to write the mask (.nii.gz, .nii, .nrrd, .mha; 2-D also .png, .tif); tables and a picture go beside it
-    boxes:str=None, # CSV or JSON: z, label, x0, y0, x1, y1 in pixels of the slices; or z0, z1 for z; kind=line for a diameter; or the JSON that annotate saved
+    out:str, # where to write the mask (.nii.gz, .nii, .nrrd, .mha; 2-D also .png, .tif); tables and a picture beside it
+    boxes:str=None, # CSV or JSON: z (or z0, z1), label, x0, y0, x1, y1; kind=line: a diameter; or what annotate saved
     interpolate:bool=False, # boxes are on a few slices: fill in those between, label by label
-    labels:str=None, # a label file, DICOM-SEG or folder of structures: without boxes for oracle boxes, always for DSC and NSD
+    labels:str=None, # a label file, DICOM-SEG or folder of structures: for DSC and NSD, without boxes for oracle boxes
     series:str=None, # which DICOM series, where a folder holds several: number, UID or a part of the description
     ids:str=None, # ids of structures or segments: liver=1,spleen=2
     colors:str=None, # ids of the colours of a mask: '#ff0000=1,#00ff00=2'
@@ -424,16 +547,17 @@ def medsam_predict(
     **kwargs,
 ):
     "Segment a volume from boxes and write the mask in the source geometry; where masks overlap the smaller one wins"
-    if boxes is None and labels is None: raise InputError('there is nothing to ask: give boxes (a CSV or JSON file), or labels (a label file, for oracle boxes)')
-    if interpolate and boxes is None: raise InputError('interpolate needs boxes: oracle boxes are on every slice already')
+    if boxes is None and labels is None:
+        raise InputError('there is nothing to ask: give boxes (a CSV or JSON file), '
+                         'or labels (a label file, for oracle boxes)')
+    if interpolate and boxes is None:
+        raise InputError('interpolate needs boxes: oracle boxes are on every slice already')
     check_outputs(out, True, overwrite, (image, boxes, labels))
     volume = read_volume(image, series=series)
     check_outputs(out, volume.source.plane=='image', overwrite)
-    label = read_volume(labels, kind='label', like=volume, names=ids, colors=colors) if labels else None
-    asks = read_boxes(boxes, volume, interpolate) if boxes else None
-    seg = segment(volume, asks, label, Predictor(model, checkpoint, device), **kwargs)
-    paths = seg.save(out, overwrite)
-    if seg.scores is not None:
-        print(f'{volume.case}: DSC and NSD over the whole volume, {seg.what}\n{seg.scores.round(3).to_string(index=False)}')
-    beside = ', '.join(p.name for k,p in paths.items() if k!='mask')
-    print(f'{_counted(len(seg.asks), seg.what)}, {np.count_nonzero(seg.mask)} voxels, written to {out}; beside it {beside}')
+    label = asks = None
+    if labels: label = read_volume(labels, kind='label', like=volume, ids=ids, colors=colors)
+    if boxes: asks = read_boxes(boxes, volume, interpolate)
+    predictor = Predictor(model, checkpoint, device)
+    seg = segment(volume, asks, label, predictor, **kwargs)
+    seg._report(seg.save(out, overwrite))

@@ -27,15 +27,19 @@ def _check_number(what:str, value, lo, hi, kind):
     except (TypeError, ValueError): out = None
     if out is None or out!=value or not lo<=out<=hi:
         raise InputError(f'{what} {value!r} cannot be used: '
-                         f'give {"a whole number" if kind is int else "a number"} from {lo} to {hi}')
+                         f'give {"a whole number" if kind is int else "a number"} from '
+                         f'{lo} to {hi}')
     return out
 
+# %% ../nbs/05_view.ipynb #5fe829b2
 def _check_name(what:str, value)->str:
     "`value` if it can be part of a file name"
     if isinstance(value, str) and re.fullmatch(r'\w[\w.-]*', value): return value
     raise InputError(f'{what} {value!r} goes into file names: '
-                     'use letters, digits, dots, hyphens and underscores, starting with a letter or digit')
+                     'use letters, digits, dots, hyphens and underscores, starting with a '
+                     'letter or digit')
 
+# %% ../nbs/05_view.ipynb #b391d304
 def check_choice(
     what:str, # what it is a choice of, for the message
     value, # the choice
@@ -52,11 +56,14 @@ _WINDOW_CHOICES = f'one of {list(WINDOWS)}, a pair (low, high), or None for perc
 
 def _named_window(name:str, ct:bool, modality:str)->str:
     "The name of a window, if it is known and the modality has Hounsfield units"
-    if name not in WINDOWS: raise InputError(f'window {name!r} is not known: use {_WINDOW_CHOICES}')
+    if name not in WINDOWS:
+        raise InputError(f'window {name!r} is not known: use {_WINDOW_CHOICES}')
     if ct: return name
-    raise InputError(f'window {name!r} is in Hounsfield units and modality is {modality!r}: '
+    raise InputError(f'window {name!r} is in Hounsfield units and modality is '
+                     f'{modality!r}: '
                      'use None (percentiles) or a pair (low, high) of your own')
 
+# %% ../nbs/05_view.ipynb #83966f34
 def _check_window(window, modality:str):
     "`window` as a name in `WINDOWS`, a pair of floats or None; 'auto' is medsam for CT and None for the rest"
     ct = modality.upper()=='CT'
@@ -64,10 +71,13 @@ def _check_window(window, modality:str):
     if isinstance(window, str) and window=='auto': return 'medsam' if ct else None
     if isinstance(window, str): return _named_window(window, ct, modality)
     try: lo,hi = (float(o) for o in window)
-    except (TypeError, ValueError): raise InputError(f'window {window!r} is not a window: use {_WINDOW_CHOICES}') from None
+    except (TypeError, ValueError):
+        raise InputError(f'window {window!r} is not a window: use {_WINDOW_CHOICES}') from None
     if np.isfinite([lo,hi]).all() and lo<hi: return lo,hi
-    raise InputError(f'window {window!r} is empty: the first number must be smaller than the second')
+    raise InputError(f'window {window!r} is empty: the first number must be smaller than '
+                     f'the second')
 
+# %% ../nbs/05_view.ipynb #f507f5e0
 def _check_ids(ids)->tuple:
     "`ids` as a tuple of distinct ints from 1 to 65535"
     try: out = tuple(int(o) for o in np.atleast_1d(np.asarray(ids)) if int(o)==float(o))
@@ -84,7 +94,8 @@ class Recipe:
     modality:str='CT' # goes into folder and file names; anything but CT is scaled by percentiles
     anatomy:str='Abd' # goes into folder and file names
     label_ids:tuple=(9,) # source label ids; value k in `gts` stands for label_ids[k-1]
-    window:object='auto' # medsam, brief, abdomen, two numbers in HU, or percentile (None); auto: medsam for CT, else percentile
+    # medsam, brief, abdomen, two numbers in HU, or percentile (None); auto: medsam for CT, else percentile
+    window:object='auto'
     low:float=0.95 # lower percentile of the non-zero voxels, 0..100
     high:float=99.5 # upper percentile of the non-zero voxels, 0..100
     size:int=256 # side of the square grid, pixels
@@ -99,9 +110,11 @@ class Recipe:
         put('window', _check_window(self.window, self.modality))
         for k in ('low','high'): put(k, _check_number(k, getattr(self, k), 0, 100, float))
         if not self.low<self.high:
-            raise InputError(f'low {self.low} is not below high {self.high}: both are percentiles from 0 to 100')
+            raise InputError(f'low {self.low} is not below high {self.high}: both are '
+                             f'percentiles from 0 to 100')
         put('size', _check_number('size', self.size, 16, 4096, int))
-        put('min_pixels', _check_number('min_pixels', self.min_pixels, 1, self.size**2, int))
+        put('min_pixels', _check_number('min_pixels', self.min_pixels, 1, self.size**2,
+                                        int))
         check_choice('fit', self.fit, FITS)
         check_choice('flip', self.flip, FLIPS)
 
@@ -117,7 +130,8 @@ class Recipe:
     def pixels(self)->dict:
         "The choices that decide the value of a pixel; recipes with equal ones make equal images"
         other = ('modality','anatomy','label_ids','min_pixels','window')
-        return {k:v for k,v in vars(self).items() if k not in other}|dict(limits=self.limits)
+        return {k:v for k,v in vars(self).items()
+                if k not in other}|dict(limits=self.limits)
 
 # %% ../nbs/05_view.ipynb #8b7ad692
 @patch
@@ -125,6 +139,7 @@ def to_json(self:Recipe)->str:
     "The recipe as JSON with sorted keys: equal recipes give equal strings"
     return json.dumps(asdict(self), sort_keys=True)
 
+# %% ../nbs/05_view.ipynb #17fc206e
 @patch(cls_method=True)
 def from_json(
     cls:Recipe,
@@ -133,13 +148,16 @@ def from_json(
     "The recipe that `to_json` wrote; `InputError` if the text is none"
     try: d = json.loads(text)
     except (TypeError, ValueError): d = None
-    if not isinstance(d, dict): raise InputError(f'this is not a recipe: {str(text)[:80]!r}')
+    if not isinstance(d, dict):
+        raise InputError(f'this is not a recipe: {str(text)[:80]!r}')
     extra = set(d)-{f.name for f in fields(Recipe)}
     if extra:
         raise InputError(f'the recipe has unknown fields {sorted(extra)}: '
-                         'it was written by another version of medsam_nb, curate again or update')
+                         'it was written by another version of medsam_nb, curate again or '
+                         'update')
     return cls(**d)
 
+# %% ../nbs/05_view.ipynb #e68a6b14
 @patch
 def diff(
     self:Recipe,
@@ -147,7 +165,8 @@ def diff(
 )->str:
     "The fields in which two recipes differ, as words; empty when they do not"
     there = vars(other)
-    return ', '.join(f'{k} is {v!r} here and {there[k]!r} there' for k,v in vars(self).items() if v!=there[k])
+    return ', '.join(f'{k} is {v!r} here and {there[k]!r} there' for k,
+                     v in vars(self).items() if v!=there[k])
 
 # %% ../nbs/05_view.ipynb #b24112bb
 def _percentile_limits(a:np.ndarray, recipe:Recipe)->tuple:
@@ -158,6 +177,7 @@ def _percentile_limits(a:np.ndarray, recipe:Recipe)->tuple:
     lo,hi = (float(o) for o in np.percentile(inside, [recipe.low, recipe.high]))
     return (lo,hi) if lo<hi else (float(a.min()), float(a.max()))
 
+# %% ../nbs/05_view.ipynb #fca991b0
 def intensity_limits(
     array:np.ndarray, # (H,W), (D,H,W), or (D,H,W,3) for colour
     recipe:Recipe, # its window, or its percentiles where there is no window
@@ -180,6 +200,7 @@ def rescale(
     a = (np.asarray(array, dtype=np.float32)-lo)/np.where(span>0, span, np.float32(1))
     return np.clip(a*(span>0), 0, 1)*np.float32(255)
 
+# %% ../nbs/05_view.ipynb #e0e61bc3
 def _to_uint8(a:np.ndarray)->np.ndarray:
     "Round to the nearest whole number in 0..255"
     return np.clip(np.rint(a), 0, 255).astype(np.uint8)
@@ -214,7 +235,8 @@ def resize_label(
     h,w = fit_shape(label.shape, size, fit)
     out = np.zeros((size,size), label.dtype)
     if label.shape!=(h,w):
-        label = resize(label, (h,w), order=0, mode='edge', preserve_range=True, anti_aliasing=False)
+        label = resize(label, (h,w), order=0, mode='edge', preserve_range=True,
+                       anti_aliasing=False)
     out[:h,:w] = label
     return out
 
@@ -225,10 +247,13 @@ def resize_image(
     fit:str='pad', # 'pad' or 'squash'
 )->np.ndarray: # (size,size) or (size,size,3) uint8
     "Cubic interpolation with anti-aliasing, then rounded; zero outside the slice"
-    if image.ndim==3: return np.stack([resize_image(c, size, fit) for c in np.moveaxis(image, -1, 0)], axis=-1)
+    if image.ndim==3:
+        return np.stack([resize_image(c, size, fit) for c in np.moveaxis(image, -1, 0)],
+                        axis=-1)
     h,w = fit_shape(image.shape, size, fit)
     a = image.astype(np.float32)
-    if a.shape!=(h,w): a = resize(a, (h,w), order=3, mode='edge', preserve_range=True, anti_aliasing=True)
+    if a.shape!=(h,w):
+        a = resize(a, (h,w), order=3, mode='edge', preserve_range=True, anti_aliasing=True)
     out = np.zeros((size,size), np.uint8)
     out[:h,:w] = _to_uint8(a)
     return out
@@ -242,11 +267,13 @@ def as_array(
     x = x.detach().cpu()
     return (x.float() if x.dtype==torch.bfloat16 else x).numpy()
 
+# %% ../nbs/05_view.ipynb #09abc08e
 def _as_coords(coords):
     "Points (...,2) or boxes (...,4) as floats: float64 stays, all else becomes float32"
     c = as_array(coords)
     if c.ndim<1 or c.shape[-1] not in (2,4):
-        raise InputError(f'coordinates have shape {c.shape}: the last axis must be 2 (x y) or 4 (x0 y0 x1 y1)')
+        raise InputError(f'coordinates have shape {c.shape}: the last axis must be 2 (x '
+                         f'y) or 4 (x0 y0 x1 y1)')
     return c if c.dtype==np.float64 else c.astype(np.float32)
 
 # %% ../nbs/05_view.ipynb #a8019b82
@@ -261,9 +288,12 @@ class Grid:
     def __post_init__(self):
         shape = tuple(int(v) for v in np.ravel(self.shape))
         if len(shape)!=2 or min(shape)<1:
-            raise InputError(f'a grid needs an image shape (H,W) of at least one pixel, not {self.shape}: '
+            raise InputError('a grid needs an image shape (H,W) of at least one pixel, '
+                             f'not {self.shape}: '
                              'pass image.shape[:2]')
-        if self.size<1: raise InputError(f'the grid size is {self.size}: give the side of the square in pixels, such as 256')
+        if self.size<1:
+            raise InputError(f'the grid size is {self.size}: give the side of the square '
+                             f'in pixels, such as 256')
         check_choice('fit', self.fit, FITS)
         check_choice('flip', self.flip, FLIPS)
         object.__setattr__(self, 'shape', shape)
@@ -295,6 +325,7 @@ def _factors(self:Grid, n):
     (H,W),(h,w) = self.shape,self.content
     return np.array([w/W, h/H]*(n//2))
 
+# %% ../nbs/05_view.ipynb #d6dc7c0b
 @patch
 def to_grid(
     self:Grid,
@@ -324,6 +355,7 @@ def to_model(
     c = _as_coords(coords)
     return (c*(model_size/self.size)-.5).astype(c.dtype)
 
+# %% ../nbs/05_view.ipynb #f1980386
 @patch
 def from_model(
     self:Grid,
@@ -337,6 +369,7 @@ def from_model(
 # %% ../nbs/05_view.ipynb #d38c1267
 def _stretch(x, shape): return F.interpolate(x, shape, mode='bilinear', align_corners=False)
 
+# %% ../nbs/05_view.ipynb #862ff404
 @patch
 def mask_from_grid(
     self:Grid,
@@ -344,7 +377,8 @@ def mask_from_grid(
 )->torch.Tensor: # (...,H,W) float32, image pixels
     "Crop the padding, bring logits to the image's size and turn them back; threshold afterwards"
     if logits.ndim<2 or logits.shape[-1]!=logits.shape[-2]:
-        raise InputError(f'mask_from_grid needs logits over the square grid (...,S,S), not {tuple(logits.shape)}')
+        raise InputError('mask_from_grid needs logits over the square grid (...,S,S), '
+                         f'not {tuple(logits.shape)}')
     x = logits.reshape(-1, 1, *logits.shape[-2:]).float()
     if x.shape[-1]!=self.size: x = _stretch(x, (self.size,self.size))
     h,w = self.content
@@ -368,13 +402,17 @@ class View:
     def _check(self):
         "Refuse 8-bit grey values under a window that is meant for Hounsfield units"
         if not self.recipe.limits or self.volume.array.dtype!=np.uint8: return
-        raise InputError(f'{self.volume.case or "the image"}: it has 8-bit grey values, and the window '
-                         f'{self.recipe.window!r} is for Hounsfield units: use a recipe without a window, '
-                         "such as Recipe(modality='Photo') or window=None (--modality Photo, --window percentile)",
+        raise InputError(f'{self.volume.case or "the image"}: it has 8-bit grey values, '
+                         'and the window '
+                         f'{self.recipe.window!r} is for Hounsfield units: use a recipe '
+                         'without a window, '
+                         "such as Recipe(modality='Photo') or window=None (--modality "
+                         'Photo, --window percentile)',
                          code='8-bit-window')
 
     def __len__(self): return len(self.volume.array)
-    def __repr__(self): return f'View of {self.volume.case!r}: {len(self)} slices {self.grid.shape} on {self.grid.size} x {self.grid.size}'
+    def __repr__(self):
+        return f'View of {self.volume.case!r}: {len(self)} slices {self.grid.shape} on {self.grid.size} x {self.grid.size}'
 
     def grey(self,
         z:int, # slice
@@ -391,4 +429,5 @@ class View:
 
     def show(self, z:int, ax=None, title:str=None):
         "Draw a slice as the model sees it; returns the axes"
-        return show_image(self.image(z), ax, f'{self.volume.case} slice {z}' if title is None else title)
+        return show_image(self.image(z), ax, f'{self.volume.case} slice {z}'
+                          if title is None else title)

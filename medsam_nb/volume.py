@@ -80,7 +80,8 @@ def to_stored(
     "Display order back to the stored order; the inverse of `to_display`"
     if len(g.size)==2: return a[0]
     order,flip = display_axes(g)
-    return np.ascontiguousarray(np.flip(a.T, np.flatnonzero(flip)).transpose(np.argsort(order)).T)
+    return np.ascontiguousarray(np.flip(a.T,
+                                        np.flatnonzero(flip)).transpose(np.argsort(order)).T)
 
 # %% ../nbs/03_volume.ipynb #1d1296ca
 def display_geometry(
@@ -123,7 +124,8 @@ def say_names(
 # %% ../nbs/03_volume.ipynb #3510f9bb
 def _shown_slice(n:int, z, mask)->int:
     "The slice to show of `n`: `z`, or the one with most of `mask`, else the middle one"
-    if z is not None and not -n<=z<n: raise InputError(f'slice {z} is outside the volume: it has slices 0 to {n-1}')
+    if z is not None and not -n<=z<n:
+        raise InputError(f'slice {z} is outside the volume: it has slices 0 to {n-1}')
     if z is not None: return z
     if mask is None or not np.any(mask): return n//2
     return int(np.argmax((np.asarray(mask)>0).sum((1,2))))
@@ -142,13 +144,17 @@ class Volume:
     def __post_init__(self):
         self.spacing = np.asarray(self.spacing, float)
         if self.array.ndim not in (3,4):
-            raise InputError(f'a Volume takes an array (slice,row,column), not one of shape {self.array.shape}')
-        if self.spacing.shape!=(3,) or not (np.isfinite(self.spacing)&(self.spacing>0)).all():
-            raise InputError(f'spacing {self.spacing} must be three numbers above zero: mm between slices, '
+            raise InputError('a Volume takes an array (slice,row,column), not one of '
+                             f'shape {self.array.shape}')
+        if self.spacing.shape!=(3,
+                                ) or not (np.isfinite(self.spacing)&(self.spacing>0)).all():
+            raise InputError(f'spacing {self.spacing} must be three numbers above zero: '
+                             'mm between slices, '
                              'rows, columns')
         if self.source is None:
             mm = tuple(self.spacing[::-1].tolist())
-            self.source = Geometry(self.shape[::-1], mm, (0.,0.,0.), (1.,0.,0.,0.,1.,0.,0.,0.,1.))
+            self.source = Geometry(self.shape[::-1], mm, (0.,0.,0.),
+                                   (1.,0.,0.,0.,1.,0.,0.,0.,1.))
 
     @property
     def shape(self)->tuple: return tuple(self.array.shape[:3])
@@ -173,7 +179,8 @@ class Volume:
         from medsam_nb.show import show_slice
         m = getattr(mask, 'array', mask)
         if m is not None and np.shape(m)!=self.shape:
-            raise InputError(f'the mask has shape {np.shape(m)}, the volume {self.shape}: they must be equal')
+            raise InputError(f'the mask has shape {np.shape(m)}, the volume {self.shape}: '
+                             f'they must be equal')
         z = _shown_slice(self.shape[0], z, m)
         s = self.array[z] if window is None else np.clip(self.array[z], *window)
         if title is None: title = f'{self.case} slice {z}'
@@ -213,7 +220,8 @@ def _check_finite(a:np.ndarray, where):
     n = a.size-int(np.isfinite(a).sum())
     if not n: return
     raise InputError(f'{where}: {n} of {a.size} values are NaN or infinite: '
-                     'replace them (for instance by the lowest value), then read again', 'nan')
+                     'replace them (for instance by the lowest value), then read again',
+                     'nan')
 
 def _byte_order(b:bytes)->str:
     "'<' or '>' for a NIfTI-1 header, '' for anything else"
@@ -234,7 +242,8 @@ def _check_nifti(path:Path, need:int=0)->bytes:
     n = int(np.prod(dim[1:1+dim[0]], dtype=np.int64))
     end = start+n*bits//8
     if len(b)<end: raise EOFError(f'it holds {len(b)} of {end} bytes')
-    if any(k>1 and not abs(s)>0 for k,s in zip(dim[1:1+dim[0]], size[1:4])): raise ValueError('zero spacing')
+    if any(k>1 and not abs(s)>0 for k,s in zip(dim[1:1+dim[0]], size[1:4])):
+        raise ValueError('zero spacing')
     if kind in (16,64): _check_finite(np.frombuffer(b, f'{e}f{bits//8}', n, start), path)
     return b''.join(b[i:j] for i,j in _NIFTI_GEOMETRY) if e=='<' else b''
 
@@ -244,7 +253,8 @@ _RARE = rb'(?im)^(data ?file|byte ?skip|line ?skip):|^HeaderSize|^BinaryData\s*=
 
 def _packing(head:bytes)->bytes:
     "How the text header of an NRRD or MHA file says that its voxels are packed"
-    if head.startswith(b'NRRD'): return re.search(rb'(?im)^encoding:\s*(\S+)', head)[1].lower()
+    if head.startswith(b'NRRD'):
+        return re.search(rb'(?im)^encoding:\s*(\S+)', head)[1].lower()
     return b'gzip' if re.search(rb'(?i)CompressedData\s*=\s*True', head) else b'raw'
 
 # %% ../nbs/03_volume.ipynb #28e6b85d
@@ -259,7 +269,8 @@ def _check_text_header(path:Path, need:int)->bytes:
     data,start = path,end.end()
     if not nrrd and end[1]!=b'LOCAL': data,start = path.parent/end[1].decode(),0
     if not data.exists():
-        raise InputError(f'{path}: the file with its voxels, {data.name}, is missing: put it beside the header',
+        raise InputError(f'{path}: the file with its voxels, {data.name}, is missing: put '
+                         f'it beside the header',
                          'voxels-missing')
     if how not in (b'gzip', b'gz', b'raw'): return b''
     have = data.stat().st_size-start if how==b'raw' else len(_unpacked(data, start))
@@ -272,21 +283,26 @@ def _told(path, e:Exception)->InputError:
     s = str(e)
     if isinstance(e, (EOFError, zlib.error)):
         last = s.split(': ')[-1]
-        return InputError(f'{path}: the file is cut off or damaged ({last}): copy or download it again', 'cut-off')
+        return InputError(f'{path}: the file is cut off or damaged ({last}): copy or '
+                          f'download it again', 'cut-off')
     if 'orthonormal' in s:
-        return InputError(f'{path}: the axes in its header are not at right angles (a sheared or scaled '
+        return InputError(f'{path}: the axes in its header are not at right angles (a '
+                          'sheared or scaled '
                           'direction matrix): '
                           'resample it to a straight grid, then read again', 'sheared')
     if 'spacing' in s and 'zero' in s.lower():
-        return InputError(f'{path}: a voxel size is zero or not a number: mend the header, then read again',
+        return InputError(f'{path}: a voxel size is zero or not a number: mend the '
+                          f'header, then read again',
                           'zero-spacing')
     if 'determine ImageIO' in s:
-        return InputError(f'{path}: it is not the kind of file that its name says, or cut off in the header: '
+        return InputError(f'{path}: it is not the kind of file that its name says, or cut '
+                          'off in the header: '
                           'check that it opens in a viewer', 'other-kind')
     lines = [l.strip() for l in s.splitlines() if l.strip()]
     why = re.sub(r'^.*?ERROR: *', '', lines[-1] if lines else type(e).__name__)[:200]
     return InputError(f'{path}: SimpleITK cannot read it ({why}): '
-                      'check that it opens in a viewer and has the right extension', 'unreadable')
+                      'check that it opens in a viewer and has the right extension',
+                      'unreadable')
 
 # %% ../nbs/03_volume.ipynb #ef548c7f
 def _check_layout(path:Path, size:tuple, values:int):
@@ -294,8 +310,11 @@ def _check_layout(path:Path, size:tuple, values:int):
     if len(size)>3:
         shape = ' x '.join(map(str, size))
         raise InputError(f'{path}: it has {len(size)} dimensions ({shape}): '
-                         'split it into 3-D files, one per time point or channel', 'dimensions')
-    if values!=1: raise InputError(f'{path}: it holds {values} values per voxel: save one channel per file', 'channels')
+                         'split it into 3-D files, one per time point or channel',
+                         'dimensions')
+    if values!=1:
+        raise InputError(f'{path}: it holds {values} values per voxel: save one channel '
+                         f'per file', 'channels')
 
 # %% ../nbs/03_volume.ipynb #797fd676
 def _read_itk(path:Path, check)->tuple:
@@ -311,18 +330,24 @@ def _read_itk(path:Path, check)->tuple:
             header = check(path, int(np.prod(size, dtype=np.int64))*voxel)
             return r.Execute(), header
     except InputError: raise
-    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as e: raise _told(path, e) from None
+    except (RuntimeError, OSError, EOFError, ValueError, zlib.error) as e:
+        raise _told(path, e) from None
 
 # %% ../nbs/03_volume.ipynb #74d90467
 def _geometry(im, path, header:bytes=b'')->Geometry:
     "The geometry of a SimpleITK image, refused when a size or spacing is zero or its axes are not at right angles"
     plane = 'image' if im.GetDimension()==2 else 'axial'
-    g = Geometry(im.GetSize(), im.GetSpacing(), im.GetOrigin(), im.GetDirection(), plane, header)
-    if min(g.size)<1: raise InputError(f'{path}: it is empty (size {g.size}): export it again', 'no-voxels')
-    if not all(np.isfinite(s) and s>0 for s in g.spacing): raise _told(path, ValueError('zero spacing'))
+    g = Geometry(im.GetSize(), im.GetSpacing(), im.GetOrigin(), im.GetDirection(), plane,
+                 header)
+    if min(g.size)<1:
+        raise InputError(f'{path}: it is empty (size {g.size}): export it again',
+                         'no-voxels')
+    if not all(np.isfinite(s) and s>0 for s in g.spacing):
+        raise _told(path, ValueError('zero spacing'))
     d = np.reshape(g.direction, (im.GetDimension(),)*2)
     straight = np.allclose(d.T@d, np.eye(len(d)), atol=1e-3)
-    if not (np.isfinite(g.origin).all() and straight): raise _told(path, ValueError('orthonormal'))
+    if not (np.isfinite(g.origin).all() and straight):
+        raise _told(path, ValueError('orthonormal'))
     return g
 
 # %% ../nbs/03_volume.ipynb #a1496fbe
@@ -344,15 +369,19 @@ def _check_positions(p:np.ndarray, normal:np.ndarray, path):
                          'keep one phase or reconstruction per folder', 'slices-doubled')
     i = int(np.argmax(np.abs(step-mid)))
     if np.abs(step-mid)[i]>.05*mid:
-        raise InputError(f'{path}: slices are {mid:.3g} mm apart, but {step[i]:.3g} mm between {along[i]:.4g} and '
-                         f'{along[i+1]:.4g} mm: is one missing? Complete the series or resample it', 'slice-missing')
+        raise InputError(f'{path}: slices are {mid:.3g} mm apart, but {step[i]:.3g} mm '
+                         f'between {along[i]:.4g} and '
+                         f'{along[i+1]:.4g} mm: is one missing? Complete the series or '
+                         f'resample it', 'slice-missing')
     off = np.abs(along-np.linspace(along[0], along[-1], len(along))).max()
     if off>.25*mid:
-        raise InputError(f'{path}: the slices are not evenly spaced (up to {off:.3g} mm off a straight grid): '
+        raise InputError(f'{path}: the slices are not evenly spaced (up to {off:.3g} mm '
+                         'off a straight grid): '
                          'resample the series', 'slices-uneven')
     side = p-np.outer(along, normal)
     if np.abs(side-side[0]).max()>1:
-        raise InputError(f'{path}: the slices are shifted sideways against each other (a tilted gantry): '
+        raise InputError(f'{path}: the slices are shifted sideways against each other (a '
+                         'tilted gantry): '
                          'resample the series to a straight grid', 'slices-shifted')
 
 # %% ../nbs/03_volume.ipynb #d02e9afb
@@ -376,8 +405,10 @@ def _is_dicom(path:Path)->bool:
 def _header(path)->pydicom.Dataset:
     "A DICOM file's header, without its pixels"
     try: return pydicom.dcmread(path, stop_before_pixels=True, force=True)
-    except (OSError, EOFError, ValueError, AttributeError, KeyError, NotImplementedError) as e:
-        raise InputError(f'{path}: its DICOM header cannot be read ({e}): copy or download it again',
+    except (OSError, EOFError, ValueError, AttributeError, KeyError,
+            NotImplementedError) as e:
+        raise InputError(f'{path}: its DICOM header cannot be read ({e}): copy or '
+                         f'download it again',
                          'cut-off') from None
 
 # %% ../nbs/03_volume.ipynb #4322460a
@@ -386,7 +417,8 @@ def _described(h)->str: return str(h.get('SeriesDescription') or '')
 def _fitting(found:list, s:str)->list:
     "The series whose number, else UID, else description fits `s`"
     def is_number(h): return str(h.get('SeriesNumber'))==s
-    def is_uid(h): return h.SeriesInstanceUID==s or '.' in s and h.SeriesInstanceUID.endswith(s)
+    def is_uid(h):
+        return h.SeriesInstanceUID==s or '.' in s and h.SeriesInstanceUID.endswith(s)
     def is_part(h): return s.lower() in _described(h).lower()
     for fits in (is_number, is_uid, is_part):
         got = [o for o in found if s and fits(o[0])]
@@ -415,14 +447,17 @@ def _pick(found:list, series, path)->tuple:
     numbers = [str(h.get('SeriesNumber')) for h,_ in found]
     unique = [o for o in numbers if numbers.count(o)==1 and o.isdigit()]
     ex = unique[0] if unique else repr(found[0][0].SeriesInstanceUID)
-    raise InputError(f'{what}: {said}: choose one by its number, its UID or a part of its description, '
+    raise InputError(f'{what}: {said}: choose one by its number, its UID or a part of its '
+                     'description, '
                      f'for example series={ex} (--series {ex})', code)
 
 # %% ../nbs/03_volume.ipynb #a3c0d1e4
 def _tags(r, key:str)->list:
     "A tag of every slice of a series reader as numbers; empty when a slice lacks it"
     n = len(r.GetFileNames())
-    if not all(r.HasMetaDataKey(i, key) and r.GetMetaData(i, key).strip() for i in range(n)): return []
+    if not all(r.HasMetaDataKey(i, key) and r.GetMetaData(i, key).strip()
+               for i in range(n)):
+        return []
     return [[float(x) for x in r.GetMetaData(i, key).split('\\')] for i in range(n)]
 
 def _check_series(im, r, path):
@@ -430,13 +465,16 @@ def _check_series(im, r, path):
     values = im.GetNumberOfComponentsPerPixel()
     if im.GetDimension()!=3 or values!=1:
         size = ' x '.join(map(str, im.GetSize()))
-        raise InputError(f'{path}: the series is no stack of grey slices (size {size}, {values} values per voxel): '
+        raise InputError(f'{path}: the series is no stack of grey slices (size {size}, '
+                         f'{values} values per voxel): '
                          'convert it '
-                         "to NIfTI or NRRD first, or read it with kind='label' if it is a DICOM-SEG", 'no-stack')
+                         "to NIfTI or NRRD first, or read it with kind='label' if it is a "
+                         'DICOM-SEG', 'no-stack')
     turn,p = _tags(r, '0020|0037'),_tags(r, '0020|0032')
     if turn and np.ptp(turn, axis=0).max()>1e-3:
         raise InputError(f'{path}: the slices are turned against each other: '
-                         'is a localizer among them? Keep the slices of one stack', 'slices-turned')
+                         'is a localizer among them? Keep the slices of one stack',
+                         'slices-turned')
     d = np.reshape(im.GetDirection(), (3,3))
     if len(p)>1: _check_positions(np.array(p), np.cross(d[:,0], d[:,1]), path)
 
@@ -457,10 +495,12 @@ def _read_series(path:Path, series=None)->tuple:
     "SimpleITK image of a DICOM series in a folder, and its frame of reference"
     with _Quiet():
         r = sitk.ImageSeriesReader()
-        files = [r.GetGDCMSeriesFileNames(str(path), i) for i in r.GetGDCMSeriesIDs(str(path))]
+        files = [r.GetGDCMSeriesFileNames(str(path), i)
+                 for i in r.GetGDCMSeriesIDs(str(path))]
         if not files:
             raise InputError(f'{path} is a folder without DICOM slices ({_found(path)}): '
-                             'give a file, or the folder that holds the slices', 'no-slices')
+                             'give a file, or the folder that holds the slices',
+                             'no-slices')
         head,names = _pick([(_header(f[0]), f) for f in files], series, path)
         r.SetFileNames(names)
         r.MetaDataDictionaryArrayUpdateOn()
@@ -476,23 +516,29 @@ def check_colors(
 )->dict: # '#rrggbb' -> id
     "Colours of a mask and their ids, written in one way; `InputError` for what is no colour or no id"
     out = {f"#{str(k).strip().lower().lstrip('#')}":v for k,v in dict(colors).items()}
-    bad = [f'{k}={v}' for k,v in out.items() if not re.fullmatch('#[0-9a-f]{6}', k) or not _is_id(v)]
+    bad = [f'{k}={v}' for k,v in out.items() if not re.fullmatch('#[0-9a-f]{6}', k)
+           or not _is_id(v)]
     if out and not bad: return {k:int(v) for k,v in out.items()}
-    raise InputError(f"colors {', '.join(bad) or 'is empty'}: give colours as '#rrggbb' and their ids as whole numbers "
+    raise InputError(f"colors {', '.join(bad) or 'is empty'}: give colours as '#rrggbb' "
+                     'and their ids as whole numbers '
                      "from 0 to 65535, for example '#ff0000' and 1", 'colors')
 
 # %% ../nbs/03_volume.ipynb #b421a5ba
 def _strange(new:list, known, path)->InputError:
     "What to say about colours `new` (colour, pixels) without an id; `known` have one, None: nobody was asked"
     said = ', '.join(f'{k} ({n} px)' for k,n in new[:8])
-    if len(new)>8: said += f' and {len(new)-8} more (smoothed edges? save the mask without smoothing)'
+    if len(new)>8:
+        said += f' and {len(new)-8} more (smoothed edges? save the mask without smoothing)'
     if known is not None:
-        return InputError(f"{path}: it has colours without an id: {said}; known are {', '.join(known)}: "
+        return InputError(f'{path}: it has colours without an id: {said}; known are '
+                          f"{', '.join(known)}: "
                           'add them to colors, 0 is background', 'color-unknown')
     ids = {k:i for i,k in enumerate([k for k,_ in new if k!='#000000'][:2], 1)}
     option = ','.join(f'{k}={i}' for k,i in ids.items())
-    return InputError(f'{path}: a label needs one value per pixel, this is a colour picture with the colours {said}: '
-                      f"say which is which class, for example colors={ids} (--colors '{option}')", 'label-colour')
+    return InputError(f'{path}: a label needs one value per pixel, this is a colour '
+                      f'picture with the colours {said}: '
+                      f'say which is which class, for example colors={ids} (--colors '
+                      f"'{option}')", 'label-colour')
 
 # %% ../nbs/03_volume.ipynb #037a74ee
 def _by_color(a:np.ndarray, colors, path)->np.ndarray: # (H,W) uint16
@@ -502,20 +548,27 @@ def _by_color(a:np.ndarray, colors, path)->np.ndarray: # (H,W) uint16
     ids = {} if colors is None else {'#000000':0}|check_colors(colors)
     seen = [f'#{c:06x}' for c in found]
     new = [(k,c) for k,c in zip(seen, n) if k not in ids]
-    if new: raise _strange(sorted(new, key=lambda o: -o[1]), None if colors is None else ids, path)
+    if new:
+        raise _strange(sorted(new, key=lambda o: -o[1]), None if colors is None else ids,
+                       path)
     return np.array([ids[k] for k in seen], np.uint16)[at].reshape(a.shape[:2])
 
 # %% ../nbs/03_volume.ipynb #b4d1e2f4
 def _check_mode(im, path:Path, colors):
     "Raise for a picture of several pages or of 16 bits in each channel, and for colours that a grey one cannot have"
     n = getattr(im, 'n_frames', 1)
-    if n>1: raise InputError(f'{path}: it holds {n} pages: save one file per page, or the stack as NRRD or NIfTI',
+    if n>1:
+        raise InputError(f'{path}: it holds {n} pages: save one file per page, or the '
+                         f'stack as NRRD or NIfTI',
                              'pages')
     if im.mode in ('LA','RGB','RGBA') and ';16' in str(im.tile):
-        raise InputError(f'{path}: it has 16 bits in each of {len(im.mode)} channels, of which 8 would be lost: '
-                         'save it as 16-bit grey, or with 8 bits per channel', 'channels-16-bit')
+        raise InputError(f'{path}: it has 16 bits in each of {len(im.mode)} channels, of '
+                         'which 8 would be lost: '
+                         'save it as 16-bit grey, or with 8 bits per channel',
+                         'channels-16-bit')
     if colors is not None and im.mode[0] in 'IF':
-        raise InputError(f'{path}: colors were given, and this is a picture of mode {im.mode} without colours: '
+        raise InputError(f'{path}: colors were given, and this is a picture of mode '
+                         f'{im.mode} without colours: '
                          'leave them out', 'colors')
 
 # %% ../nbs/03_volume.ipynb #c3dd22bc
@@ -526,18 +579,21 @@ def _pixels(path:Path, kind:str, colors)->np.ndarray:
             _check_mode(im, path, colors)
             palette = im.mode in ('P','PA') and kind=='image'
             if im.mode=='1' and kind=='image': im = im.convert('L')
-            if im.mode in ('CMYK','YCbCr','LAB','HSV') or palette or colors is not None: im = im.convert('RGB')
+            if im.mode in ('CMYK','YCbCr','LAB','HSV') or palette or colors is not None:
+                im = im.convert('RGB')
             return np.asarray(im)
     except InputError: raise
     except (OSError, SyntaxError, EOFError, ValueError, Image.DecompressionBombError) as e:
         why = str(e).replace(str(path), path.name)
         raise InputError(f'{path}: it cannot be read as a picture ({why}): '
-                         'check that it opens in a viewer and was copied whole', 'unreadable') from None
+                         'check that it opens in a viewer and was copied whole',
+                         'unreadable') from None
 
 def _read_flat(form, path:Path, kind:str='image', colors=None)->tuple:
     "(H,W) or (H,W,3) array of a picture file without alpha, and the geometry of a picture"
     if kind=='label' and not form.exact:
-        raise InputError(f'{path}: JPEG changes values, so it cannot hold labels: save the label map as PNG',
+        raise InputError(f'{path}: JPEG changes values, so it cannot hold labels: save '
+                         f'the label map as PNG',
                          'label-jpeg')
     a = _pixels(path, kind, colors)
     if a.ndim==3: a = a[...,0] if a.shape[2]==2 else a[...,:3]
@@ -568,7 +624,8 @@ def _write_nifti(a:np.ndarray, g:Geometry, path:Path):
     for i,j in _NIFTI_GEOMETRY if header else ():
         b[i:j] = header[:j-i]
         header = header[j-i:]
-    path.write_bytes(gzip.compress(b, 4, mtime=0) if path.name.lower().endswith('.gz') else b)
+    path.write_bytes(gzip.compress(b, 4, mtime=0) if path.name.lower().endswith('.gz')
+                     else b)
 
 def _write_checked(a:np.ndarray, g:Geometry, path:Path):
     "Write NRRD or MHA, and raise unless it reads back: a full disk cuts them short"
@@ -614,7 +671,8 @@ def format_of(
 )->Format: # None: not a known one
     "The row of the table that a name belongs to"
     name = Path(path).name
-    return next((f for f in FORMATS if name.lower().endswith(f.ext) and len(name)>len(f.ext)), None)
+    return next((f for f in FORMATS if name.lower().endswith(f.ext)
+                 and len(name)>len(f.ext)), None)
 
 # %% ../nbs/03_volume.ipynb #95053e9e
 def split_name(
@@ -643,7 +701,8 @@ def case_name(
 def _narrow(a:np.ndarray):
     "The narrowest type that holds the integers of an image, float32 where none does"
     lo,hi = int(a.min()),int(a.max())
-    fits = [t for t in (np.int16, np.uint16, np.int32) if np.iinfo(t).min<=lo and hi<=np.iinfo(t).max]
+    fits = [t for t in (np.int16, np.uint16, np.int32) if np.iinfo(t).min<=lo
+            and hi<=np.iinfo(t).max]
     return fits[0] if fits else np.float32
 
 # %% ../nbs/03_volume.ipynb #6ddfe885
@@ -653,9 +712,12 @@ def image_values(
 )->np.ndarray:
     "Integers in the narrowest of uint8, int16, uint16, int32 that holds them, floats as float32; NaN and inf are refused"
     if a.dtype==bool: return a.astype(np.uint8)
-    if a.dtype in (np.uint8, np.int16, np.uint16): return a.astype(a.dtype.newbyteorder('='), copy=False)
+    if a.dtype in (np.uint8, np.int16, np.uint16):
+        return a.astype(a.dtype.newbyteorder('='), copy=False)
     if a.dtype.kind in 'iu': return a.astype(_narrow(a))
-    if a.dtype.kind!='f': raise InputError(f'{where}: values of type {a.dtype} are no grey values', 'no-numbers')
+    if a.dtype.kind!='f':
+        raise InputError(f'{where}: values of type {a.dtype} are no grey values',
+                         'no-numbers')
     with np.errstate(over='ignore'): a = a.astype(np.float32)
     _check_finite(a, where)
     return a
@@ -667,9 +729,11 @@ def _whole(a:np.ndarray, where)->np.ndarray:
     r = np.round(a)
     bad = ~(np.abs(a-r)<=1e-4)
     if not bad.any(): return r
-    raise InputError(f'{where}: labels must be whole numbers, but {int(bad.sum())} values are not, '
+    raise InputError(f'{where}: labels must be whole numbers, but {int(bad.sum())} values '
+                     'are not, '
                      f'such as {a[bad].flat[0]:.4g}: '
-                     'threshold probabilities or resample labels with nearest neighbour', 'label-fraction')
+                     'threshold probabilities or resample labels with nearest neighbour',
+                     'label-fraction')
 
 # %% ../nbs/03_volume.ipynb #8bc5c100
 def label_values(
@@ -678,14 +742,16 @@ def label_values(
 )->np.ndarray:
     "Whole numbers from 0 as uint8, or uint16 above 255; anything else is refused"
     if a.dtype==bool: return a.astype(np.uint8)
-    if a.dtype.kind not in 'iuf': raise InputError(f'{where}: values of type {a.dtype} are no labels', 'no-numbers')
+    if a.dtype.kind not in 'iuf':
+        raise InputError(f'{where}: values of type {a.dtype} are no labels', 'no-numbers')
     if a.dtype.kind=='f': a = _whole(a, where)
     lo,hi = a.min(),a.max()
     if lo<0:
         raise InputError(f'{where}: labels must not be negative, but {lo:.6g} occurs: '
                          'give those voxels 0 or another number', 'label-negative')
     if hi>65535:
-        raise InputError(f'{where}: label {hi:.6g} is above 65535: number the classes 1, 2, 3, …', 'label-too-large')
+        raise InputError(f'{where}: label {hi:.6g} is above 65535: number the classes 1, '
+                         f'2, 3, …', 'label-too-large')
     return a.astype(np.uint8 if hi<=255 else np.uint16, copy=False)
 
 # %% ../nbs/03_volume.ipynb #59ddb7bc
@@ -701,7 +767,8 @@ def _structure_files(path:Path)->dict:
     files = [p for p in _visible(path) if p.is_file() and format_of(p)]
     out = {unicodedata.normalize('NFC', split_name(p)[0]):p for p in files}
     if len(out)==len(files): return dict(sorted(out.items()))
-    raise InputError(f"{path}: two files have one name ({', '.join(p.name for p in files)}): "
+    raise InputError(f'{path}: two files have one name '
+                     f"({', '.join(p.name for p in files)}): "
                      'keep one file per structure', 'structure-twice')
 
 def _label_kind(path:Path)->str:
@@ -716,7 +783,8 @@ def _unknown_file(path:Path)->InputError:
         what = _header(path).get('Modality', 'of unknown modality')
         return InputError(f'{path}: this is a single DICOM file ({what}): '
                           'give the folder that holds the slices of its series; '
-                          "a single file can only be a DICOM-SEG, read with kind='label'", 'single-dicom')
+                          "a single file can only be a DICOM-SEG, read with kind='label'",
+                          'single-dicom')
     return InputError(f"{path}: unknown kind of file: use one of {' '.join(MEDICAL+FLAT)}, "
                       'or a folder with a DICOM series', 'unknown-kind')
 
@@ -726,12 +794,15 @@ def _check_kind(path:Path, series, ids, colors)->Path:
     if not (form or folder): raise _unknown_file(path)
     if series is not None and not folder:
         raise InputError(f'{path}: series {series!r} was asked for, '
-                         'but this is a file, not a folder of DICOM slices: leave it out', 'option')
+                         'but this is a file, not a folder of DICOM slices: leave it out',
+                         'option')
     if ids is not None:
-        raise InputError(f'{path}: ids are for folders with one file per structure and for DICOM-SEG; '
+        raise InputError(f'{path}: ids are for folders with one file per structure and '
+                         'for DICOM-SEG; '
                          'this label holds numbers: leave them out', 'option')
     if colors is not None and (folder or not form.flat):
-        raise InputError(f'{path}: colors are for pictures, and this is none: leave them out', 'option')
+        raise InputError(f'{path}: colors are for pictures, and this is none: leave them '
+                         f'out', 'option')
     return path
 
 def _read_file(path:Path, kind:str, plane, series, colors)->Volume:
@@ -745,19 +816,22 @@ def _read_file(path:Path, kind:str, plane, series, colors)->Volume:
     if g.plane!='image': g = replace(g, plane=plane or choose_plane(g))
     values = image_values if kind=='image' else label_values
     case = path.name if path.is_dir() else case_name(path)
-    return Volume(to_display(values(a, path), g), display_geometry(g)['spacing'], case, path, g)
+    return Volume(to_display(values(a, path), g), display_geometry(g)['spacing'], case,
+                  path, g)
 
 # %% ../nbs/03_volume.ipynb #d9dde9ce
 def _check_asked(path:Path, kind:str, plane, for_labels:tuple):
     "Raise unless the file is there and what was asked of it is known"
-    if kind not in ('image','label'): raise InputError(f"kind {kind!r} is not known: use 'image' or 'label'", 'option')
+    if kind not in ('image','label'):
+        raise InputError(f"kind {kind!r} is not known: use 'image' or 'label'", 'option')
     if plane not in (None, *PLANES):
         raise InputError(f'plane {plane!r} is not known: use one of {list(PLANES)}, or None', 'option')
     if not path.exists():
         near = f' (in its folder, {_found(path.parent)})' if path.parent.is_dir() else ' and the folder'
         raise InputError(f'{path} does not exist: check the name{near}', 'missing')
     if kind=='image' and any(o is not None for o in for_labels):
-        raise InputError(f"{path}: like, ids and colors are for labels: pass kind='label'", 'option')
+        raise InputError(f"{path}: like, ids and colors are for labels: pass kind='label'",
+                         'option')
 
 @renamed(names='ids')
 def read_volume(
@@ -775,10 +849,12 @@ def read_volume(
     if like is not None and like.source.plane!='image': plane = like.source.plane
     what = _label_kind(path) if kind=='label' else 'file'
     if what!='file' and not series is colors is None:
-        raise InputError(f'{path}: series and colors are not for {what}: leave them out', 'option')
+        raise InputError(f'{path}: series and colors are not for {what}: leave them out',
+                         'option')
     if what=='DICOM-SEG': v = _read_seg(path, like, ids)
     elif what=='a folder of structures': v = _read_structures(path, plane, ids, like)
-    else: v = _read_file(_check_kind(path, series, ids, colors), kind, plane, series, colors)
+    else:
+        v = _read_file(_check_kind(path, series, ids, colors), kind, plane, series, colors)
     if like is not None: check_pair(like, v)
     return v
 
@@ -788,20 +864,25 @@ def _check_writing(v:Volume, path:Path):
     flat = v.source.plane=='image'
     what = '2-D image' if flat else 'volume'
     if split_name(path)[1] not in writable(flat):
-        raise InputError(f"{path}: a {what} can be written as {' '.join(writable(flat))}", 'not-writable')
-    if path.is_dir(): raise InputError(f'{path} is a folder: give the name of a file', 'folder')
+        raise InputError(f"{path}: a {what} can be written as {' '.join(writable(flat))}",
+                         'not-writable')
+    if path.is_dir():
+        raise InputError(f'{path} is a folder: give the name of a file', 'folder')
     if flat and v.shape[0]!=1:
-        raise InputError(f'{path}: the source is a 2-D image, the volume has {v.shape[0]} slices', 'shape')
+        raise InputError(f'{path}: the source is a 2-D image, the volume has {v.shape[0]} '
+                         f'slices', 'shape')
 
 def _check_holds(form:Format, a:np.ndarray, g:Geometry, path:Path):
     "Raise unless a format can hold an array on a grid"
     if a.shape[:len(g.size)]!=g.size[::-1]:
-        raise InputError(f'{path}: the array in stored order {a.shape} does not fit its source grid (x,y,z) {g.size}',
+        raise InputError(f'{path}: the array in stored order {a.shape} does not fit its '
+                         f'source grid (x,y,z) {g.size}',
                          'shape')
     fits = a.dtype in (np.uint8, np.uint16) if form.flat else a.ndim==len(g.size)
     if fits: return
     do = 'an integer label map' if form.flat else '.png'
-    raise InputError(f'{path}: {form.ext} cannot hold {a.dtype} values of shape {a.shape} here: use {do}',
+    raise InputError(f'{path}: {form.ext} cannot hold {a.dtype} values of shape {a.shape} '
+                     f'here: use {do}',
                      'not-writable')
 
 # %% ../nbs/03_volume.ipynb #e0f4c7fb
@@ -818,7 +899,8 @@ def write_volume(
     with atomic_path(path, overwrite=overwrite) as tmp:
         try:
             with _Quiet(): form.write(a, v.source, tmp)
-        except RuntimeError as e: raise OSError(errno.EIO, 'it cannot be written', str(path)) from e
+        except RuntimeError as e:
+            raise OSError(errno.EIO, 'it cannot be written', str(path)) from e
     return path
 
 # %% ../nbs/03_volume.ipynb #73a32376
@@ -832,10 +914,12 @@ def write_mask(
     mask = np.asarray(mask)
     if mask.shape==like.shape[1:] and like.shape[0]==1: mask = mask[None]
     if mask.shape!=like.shape:
-        raise InputError(f'the mask has shape {mask.shape}, the volume {like.case!r} {like.shape}: '
+        raise InputError(f'the mask has shape {mask.shape}, the volume {like.case!r} '
+                         f'{like.shape}: '
                          'bring it back to the grid of the volume first', 'shape')
     labels = label_values(mask, 'the mask')
-    return write_volume(Volume(labels, like.spacing, like.case, source=like.source), path, overwrite)
+    return write_volume(Volume(labels, like.spacing, like.case, source=like.source), path,
+                        overwrite)
 
 # %% ../nbs/03_volume.ipynb #245228fa
 _RESAMPLE = 'resample the label to the image (nearest neighbour), or check that they belong to one case'
@@ -862,8 +946,10 @@ def check_ids(
     "`ids` with names in one Unicode form; `InputError` for ids that are not different whole numbers from 1"
     out = {unicodedata.normalize('NFC', str(k)):v for k,v in dict(ids).items()}
     usable = bool(out) and all(_is_id(v, 1) for v in out.values())
-    if usable and len({int(v) for v in out.values()})==len(out): return {k:int(v) for k,v in out.items()}
-    raise InputError(f'ids {ids!r} cannot be used: give each name an id of its own, from 1 to 65535, '
+    if usable and len({int(v) for v in out.values()})==len(out):
+        return {k:int(v) for k,v in out.items()}
+    raise InputError(f'ids {ids!r} cannot be used: give each name an id of its own, from '
+                     '1 to 65535, '
                      'for example dict(liver=1, spleen=2)', 'ids')
 
 check_names = check_ids # its name of the version before
@@ -875,7 +961,8 @@ def _want(have:list, ids, path)->dict: # name -> id
     got = {k:i for k,i in wanted if k in have}
     if got: return got
     there = ', '.join(map(str, have[:20]))
-    raise InputError(f"{path}: none of {', '.join(ids)} is there; it has {there}: use these names", 'ids')
+    raise InputError(f"{path}: none of {', '.join(ids)} is there; it has {there}: use "
+                     f'these names', 'ids')
 
 # %% ../nbs/03_volume.ipynb #9942058f
 def _lay(out:np.ndarray, at, i:int, names:dict, path):
@@ -883,36 +970,44 @@ def _lay(out:np.ndarray, at, i:int, names:dict, path):
     was = out[at]
     other = was[(was!=0)&(was!=i)]
     if len(other):
-        raise InputError(f'{path}: {names[int(other[0])]!r} and {names[i]!r} overlap in {len(other)} voxels, '
+        raise InputError(f'{path}: {names[int(other[0])]!r} and {names[i]!r} overlap in '
+                         f'{len(other)} voxels, '
                          'and a voxel has '
-                         'one label: mend one of them, or pass ids with only those that you want', 'overlap')
+                         'one label: mend one of them, or pass ids with only those that '
+                         'you want', 'overlap')
     out[at] = i
 
-def _label_map(shape, ids)->np.ndarray: return np.zeros(shape, np.uint8 if max(ids)<=255 else np.uint16)
+def _label_map(shape, ids)->np.ndarray:
+    return np.zeros(shape, np.uint8 if max(ids)<=255 else np.uint16)
 
 # %% ../nbs/03_volume.ipynb #69da3b39
 def _check_one_value(v:Volume):
     "Raise unless a structure holds one value besides 0"
     if np.isin(v.array, (0, v.array.max())).all(): return
     some = np.setdiff1d(v.array, [0])[:10].tolist()
-    raise InputError(f'{v.path}: a file of one structure holds one value, this one holds the ids {some}: '
-                     'is it a label map of its own? Put it directly into the folder of labels', 'several-values')
+    raise InputError(f'{v.path}: a file of one structure holds one value, this one holds '
+                     f'the ids {some}: '
+                     'is it a label map of its own? Put it directly into the folder of '
+                     'labels', 'several-values')
 
 def _read_structures(path:Path, plane, ids, like)->Volume:
     "A folder with one label file per structure as one label map"
     files = _structure_files(path)
-    ids = {k:i for i,k in enumerate(files, 1)} if ids is None else _want(list(files), ids, path)
+    ids = {k:i for i,k in enumerate(files, 1)} if ids is None else _want(list(files), ids,
+        path)
     names,res = {i:k for k,i in ids.items()},None
     for name,i in ids.items():
         v = read_volume(files[name], 'label', plane, like=like)
         _check_one_value(v)
-        if res is None: res = replace(v, array=_label_map(v.shape, names), case=path.name, names=names)
+        if res is None:
+            res = replace(v, array=_label_map(v.shape, names), case=path.name, names=names)
         check_pair(res, v)
         _lay(res.array, v.array>0, i, names, path)
     return replace(res, path=path)
 
 # %% ../nbs/03_volume.ipynb #c5e2f3a9
-def _part_of(parts:tuple, key:str): return next(getattr(p, key)[0] for p in parts if key in p)
+def _part_of(parts:tuple, key:str):
+    return next(getattr(p, key)[0] for p in parts if key in p)
 
 def _frame_grid(seg, i:int, g:Geometry)->tuple:
     "Frame `i` of a DICOM-SEG in voxels of the grid `g`: (3,) its first pixel, (3,2) steps along rows and columns"
@@ -934,13 +1029,15 @@ def _frame_index(seg, i:int, mask:np.ndarray, like:Volume, path)->tuple:
     if off>.05 or (np.abs(s0).sum(0)!=1).any():
         raise InputError(f'{path}: frame {i+1} does not lie on the grid of the image {on}: '
                          f'its pixels are up to {off:.3g} voxels '
-                         'away from the nearest ones (another pixel size, orientation or position): '
+                         'away from the nearest ones (another pixel size, orientation or '
+                         'position): '
                          'give the series that it was drawn on', 'seg-grid')
     y,x = np.nonzero(mask)
     at = f0[:,None]+s0@np.array([x,y])
     size = like.source.size
     if ((at<0)|(at>=np.array(size)[:,None])).any():
-        raise InputError(f'{path}: frame {i+1} reaches beyond the image {on} ({" x ".join(map(str, size))} voxels): '
+        raise InputError(f'{path}: frame {i+1} reaches beyond the image {on} '
+                         f'({" x ".join(map(str, size))} voxels): '
                          'give the whole series that it was drawn on', 'seg-beyond')
     return tuple(at[::-1])
 
@@ -948,7 +1045,8 @@ def _frame_index(seg, i:int, mask:np.ndarray, like:Volume, path)->tuple:
 def _segments(h)->dict: # number -> name
     "The segments of a DICOM-SEG"
     parts = [s for s in h.SegmentSequence if s.SegmentNumber]
-    return {int(s.SegmentNumber):str(s.get('SegmentLabel') or s.SegmentNumber) for s in parts}
+    return {int(s.SegmentNumber):str(s.get('SegmentLabel') or s.SegmentNumber)
+            for s in parts}
 
 def _seg_masks(seg, path):
     "Frame index, segment number and mask (H,W) of every segment in every frame of a DICOM-SEG"
@@ -960,26 +1058,31 @@ def _seg_masks(seg, path):
             yield from ((i, int(n), f==n) for n in np.unique(f) if n)
             continue
         if kind=='FRACTIONAL' and not np.isin(f, (0,top)).all():
-            raise InputError(f'{path}: it holds fractions, not segments: threshold them first', 'seg-fractions')
+            raise InputError(f'{path}: it holds fractions, not segments: threshold them '
+                             f'first', 'seg-fractions')
         which = _part_of((part, shared), 'SegmentIdentificationSequence')
         yield i, int(which.ReferencedSegmentNumber), f>0
 
 def _check_seg_image(path:Path, like):
     "Raise unless there is an image for a DICOM-SEG to be laid on"
     if like is None:
-        raise InputError(f'{path} is a DICOM-SEG, which only makes sense on its image: give that as like, for example '
-                         "read_volume('seg.dcm', kind='label', like=read_volume('series_folder'))", 'seg-image')
+        raise InputError(f'{path} is a DICOM-SEG, which only makes sense on its image: '
+                         'give that as like, for example '
+                         "read_volume('seg.dcm', kind='label', "
+                         "like=read_volume('series_folder'))", 'seg-image')
     if len(like.source.size)!=3:
         raise InputError(f'{path}: a DICOM-SEG cannot be laid on {like.path or like.case}, '
                          'which has no place in the room: '
-                         'give the DICOM series or volume that it was drawn on', 'seg-image')
+                         'give the DICOM series or volume that it was drawn on',
+                         'seg-image')
 
 # %% ../nbs/03_volume.ipynb #d024b670
 def _check_frame(seg, like:Volume, path:Path):
     "Raise when image and segmentation state different frames of reference"
     mine,frame = like.source.frame,str(seg.get('FrameOfReferenceUID', ''))
     if not (mine and frame) or mine==frame: return
-    raise InputError(f'{path}: its frame of reference (…{frame[-12:]}) is not that of the image {like.path} '
+    raise InputError(f'{path}: its frame of reference (…{frame[-12:]}) is not that of the '
+                     f'image {like.path} '
                      f'(…{mine[-12:]}): '
                      'give the series that it was drawn on', 'seg-frame')
 
@@ -988,14 +1091,17 @@ def _lay_segments(seg, like:Volume, ids, path:Path)->tuple: # stored label map, 
     known = _segments(seg)
     _check_frame(seg, like, path)
     want = None if ids is None else _want(list(known.values()), ids, path)
-    id_of = {n:n for n in known} if want is None else {n:want[k] for n,k in known.items() if k in want}
+    id_of = {n:n for n in known} if want is None else {n:want[k] for n,k in known.items()
+                                                       if k in want}
     names = {i:known[n] for n,i in id_of.items()}
     out = _label_map(like.source.size[::-1], id_of.values())
     for i,n,mask in _seg_masks(seg, path):
-        if n in id_of and mask.any(): _lay(out, _frame_index(seg, i, mask, like, path), id_of[n], names, path)
+        if n in id_of and mask.any():
+            _lay(out, _frame_index(seg, i, mask, like, path), id_of[n], names, path)
     return out, names
 
-_SEG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, NotImplementedError, OSError,
+_SEG_ERRORS = (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError,
+               NotImplementedError, OSError,
                StopIteration)
 
 def _read_seg(path:Path, like:Volume, ids)->Volume:
@@ -1005,14 +1111,17 @@ def _read_seg(path:Path, like:Volume, ids)->Volume:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')
-            out,names = _lay_segments(highdicom.seg.segread(_seg_file(path)), like, ids, path)
+            out,names = _lay_segments(highdicom.seg.segread(_seg_file(path)), like, ids,
+                                      path)
     except InputError: raise
     except _SEG_ERRORS as e:
         why = f'{type(e).__name__}: {str(e)[:150]}'
-        raise InputError(f'{path}: this DICOM-SEG cannot be read ({why}): convert it to NIfTI first, or write it anew',
+        raise InputError(f'{path}: this DICOM-SEG cannot be read ({why}): convert it to '
+                         f'NIfTI first, or write it anew',
                          'unreadable') from None
     case = path.name.removesuffix('.dcm')
-    return Volume(to_display(out, like.source), like.spacing, case, path, like.source, names)
+    return Volume(to_display(out, like.source), like.spacing, case, path, like.source,
+                  names)
 
 # %% ../nbs/03_volume.ipynb #c5e2f3b0
 def label_names(
@@ -1050,7 +1159,8 @@ def has_dicom(
     folder, # any path
 )->bool:
     "Is it a folder that holds DICOM files?"
-    return Path(folder).is_dir() and any(_is_dicom(p) for p in _visible(Path(folder)) if not format_of(p))
+    return Path(folder).is_dir() and any(_is_dicom(p) for p in _visible(Path(folder))
+                                         if not format_of(p))
 
 def _is_case(p:Path, what:str)->bool:
     "Can `p` be one of the images or labels?"
@@ -1062,13 +1172,17 @@ def _is_case(p:Path, what:str)->bool:
 def _files(folder, what:str)->list:
     "Files with a known extension, and folders that are cases, in a folder, by name"
     folder = Path(folder)
-    if not folder.exists(): raise InputError(f'the folder of {what}, {folder}, does not exist: check the name',
+    if not folder.exists():
+        raise InputError(f'the folder of {what}, {folder}, does not exist: check the name',
                                              'missing')
-    if not folder.is_dir(): raise InputError(f'{folder} is a file: give the folder that holds the {what}', 'no-folder')
+    if not folder.is_dir():
+        raise InputError(f'{folder} is a file: give the folder that holds the {what}',
+                         'no-folder')
     res = [p for p in _visible(folder) if _is_case(p, what)]
     if res: return res
     kinds = 'DICOM slices' if what=='images' else 'structures or a DICOM-SEG'
-    raise InputError(f"no {what} in {folder}: looked for files ending in {' '.join(MEDICAL+FLAT)} "
+    raise InputError(f'no {what} in {folder}: looked for files ending in '
+                     f"{' '.join(MEDICAL+FLAT)} "
                      f'and for folders with {kinds}; {_found(folder)}', 'no-files')
 
 # %% ../nbs/03_volume.ipynb #60017df6
@@ -1085,13 +1199,17 @@ def _one_case(images:Path, labels:Path, suffix:str)->Case:
     "The case of a DICOM series; its label is the entry of `labels` with its name, or `labels` as a whole"
     if not labels.exists():
         raise InputError(f'the labels, {labels}, do not exist: '
-                         f'{images} is one DICOM series, give the file or folder of its label', 'missing')
+                         f'{images} is one DICOM series, give the file or folder of its '
+                         f'label', 'missing')
     both = _names(images.resolve(), suffix)
     fit = [labels]
-    if labels.is_dir(): fit = [p for p in _visible(labels) if _is_case(p, 'labels') and _names(p)[0] in both]
+    if labels.is_dir():
+        fit = [p for p in _visible(labels) if _is_case(p, 'labels')
+               and _names(p)[0] in both]
     if len(fit)>1:
         several = ', '.join(p.name for p in fit)
-        raise InputError(f'case {both[1]!r} has several labels: {several}: keep one', 'pairs-twice')
+        raise InputError(f'case {both[1]!r} has several labels: {several}: keep one',
+                         'pairs-twice')
     return Case(both[1], images, fit[0] if fit else labels)
 
 # %% ../nbs/03_volume.ipynb #d979cc50
@@ -1110,7 +1228,8 @@ def _check_once(by_case:dict):
     for case,pairs in by_case.items():
         if len(pairs)<2: continue
         said = '; '.join(f'{p.name} with {q.name}' for p,q in pairs)
-        raise InputError(f'case {case!r} pairs more than once: {said}: keep one image and one label of it',
+        raise InputError(f'case {case!r} pairs more than once: {said}: keep one image and '
+                         f'one label of it',
                          'pairs-twice')
 
 # %% ../nbs/03_volume.ipynb #480cda6e
@@ -1122,20 +1241,26 @@ def find_cases(
     "Pair images with labels by name; `InputError` when nothing pairs or one pairs twice, a warning for files left over"
     images,labels = Path(images),Path(labels)
     if images.resolve()==labels.resolve():
-        raise InputError(f'images and labels are one folder ({images}): put them into two', 'one-folder')
+        raise InputError(f'images and labels are one folder ({images}): put them into two',
+                         'one-folder')
     if has_dicom(images): return Cases([_one_case(images, labels, image_suffix)])
     ims,labs = _files(images, 'images'),_files(labels, 'labels')
     by_case = _pairs(ims, labs, image_suffix)
     _check_once(by_case)
     if not by_case:
-        raise InputError(f'no image pairs with a label: {len(ims)} images in {images} (such as {ims[0].name}), '
+        raise InputError(f'no image pairs with a label: {len(ims)} images in {images} '
+                         f'(such as {ims[0].name}), '
                          f'{len(labs)} labels '
-                         f'in {labels} (such as {labs[0].name}); looked for labels named like the image, with or without '
-                         f'{image_suffix!r}: rename them, or give another image_suffix', 'no-pairs')
+                         f'in {labels} (such as {labs[0].name}); looked for labels named '
+                         'like the image, with or '
+                         'without '
+                         f'{image_suffix!r}: rename them, or give another image_suffix',
+                         'no-pairs')
     used = {p for pairs in by_case.values() for pq in pairs for p in pq}
     left = [p for p in ims+labs if p not in used]
     if left:
         said = ', '.join(f'{p.parent.name}/{p.name}' for p in left)
-        warnings.warn(f'{len(left)} of {len(ims)+len(labs)} files have no partner and are left out: {said}',
+        warnings.warn(f'{len(left)} of {len(ims)+len(labs)} files have no partner and are '
+                      f'left out: {said}',
                       stacklevel=2)
     return Cases((Case(c, *by_case[c][0]) for c in sorted(by_case)), left)

@@ -50,7 +50,8 @@ def root()->Path:
 def real_data()->Path:
     "The folder of real scans: MEDSAM_NB_REAL_DATA, else shared/data beside the repository"
     path = Path(os.environ.get('MEDSAM_NB_REAL_DATA', ROOT.parent/'shared'/'data'))
-    if not path.is_dir(): pytest.skip('no real scans: neither MEDSAM_NB_REAL_DATA nor ../shared/data is a folder')
+    if not path.is_dir():
+        pytest.skip('no real scans: neither MEDSAM_NB_REAL_DATA nor ../shared/data is a folder')
     return path
 
 @pytest.fixture

@@ -170,8 +170,8 @@ fault('a store in a folder of other things', 'medsam_embed npz/CT_Abd --store ra
 fault('a store of other data', 'medsam_embed npz2/CT_Abd --store s.zarr', 'source|differ|another', other_data)
 # fine-tuning
 for option, words in {'--epochs 0':'epochs', '--lr -1':'lr', '--lr nan':'lr', '--batch_size 0':'batch_size',
-                      '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--labels 3':'label',
-                      '--labels x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
+                      '--box_px -4':'box_px', '--val_fraction 1':'val_fraction', '--label_ids 3':'label',
+                      '--label_ids x':'x', '--ema 1':'ema', '--mixed_precision int4':'int4',
                       '--model vit_b':'vit_b|model', '--epoch_samples 0':'epoch_samples'}.items():
     fault(f'finetune {option}', f'{TUNE} {option}', words)
 fault('fine-tune on nothing', 'medsam_finetune nowhere', 'nowhere')
@@ -182,7 +182,7 @@ fault('fine-tune with other settings into a run', 'medsam_finetune npz/CT_Abd --
       'lr')
 fault('one training patient', TUNE, 'two', one_patient)
 # evaluation
-for option, words in {'--slacks wide':'wide', '--labels 3':'3', '--part both':'both', '--tolerance -1':'tolerance',
+for option, words in {'--slacks wide':'wide', '--label_ids 3':'3', '--part both':'both', '--tolerance -1':'tolerance',
                       '--device tpu':'tpu'}.items():
     fault(f'evaluate {option}', f'{SCORE} {option}', words)
 fault('evaluate no run', 'medsam_evaluate npz/CT_Abd --store s.zarr --run never', 'never')

@@ -1,4 +1,4 @@
-"What would break the flow of chapter 00: every way a download, an archive, a write or a command can go wrong."
+"What would break the flow of chapter 00: every way a download, an archive, a write or a command can go wrong"
 import errno, hashlib, os, random, re, stat, subprocess, sys, threading, zipfile
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,7 +24,8 @@ class Handler(BaseHTTPRequestHandler):
         if rng and mode=='confused': start = 7 # 206, but another range than asked for
         self.send_response(206 if start else 200)
         if start: self.send_header('Content-Range', f'bytes {start}-{len(body)-1}/{len(body)}')
-        if mode not in ('nolength', 'cutnolength', 'toolong'): self.send_header('Content-Length', str(10**18 if mode=='huge' else len(body)-start))
+        if mode not in ('nolength', 'cutnolength', 'toolong'):
+            self.send_header('Content-Length', str(10**18 if mode=='huge' else len(body)-start))
         self.end_headers()
         out = body[start:]
         if mode in ('cut', 'cutnolength'): out = out[:100_000]
@@ -38,16 +39,20 @@ def server():
     s.url = f'http://127.0.0.1:{s.server_port}'
     threading.Thread(target=s.serve_forever, args=(.01,), daemon=True).start()
     yield s
-    s.shutdown(); s.server_close()
+    s.shutdown()
+    s.server_close()
 
 @pytest.fixture(autouse=True)
 def here(tmp_path, monkeypatch):
     monkeypatch.setenv('MEDSAM_NB_HOME', str(tmp_path/'home'))
-    for k in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'): monkeypatch.delenv(k, raising=False) # the server is on this machine
+    # the server is on this machine
+    for k in ('http_proxy', 'HTTP_PROXY', 'all_proxy', 'ALL_PROXY'):
+        monkeypatch.delenv(k, raising=False)
     return tmp_path/'home'
 
 def thing(server, mode='ok', body=DATA, size='yes', unzip_to=None, alg='sha256', dest='work_dir/SAM/tiny.pth'):
-    return Download('tiny', f'{server.url}/{mode}/tiny', dest, len(body) if size else None, f'{alg}:{hashlib.new(alg, body).hexdigest()}', 'made up', unzip_to)
+    return Download('tiny', f'{server.url}/{mode}/tiny', dest, len(body) if size else None,
+                    f'{alg}:{hashlib.new(alg, body).hexdigest()}', 'made up', unzip_to)
 
 def left(d): return sorted(p.name for p in d.path.parent.iterdir())
 def get(d, **kw): return fetch(d, progress=False, **kw)
@@ -76,7 +81,8 @@ def test_md5_and_no_size(server):
 @pytest.mark.parametrize('size', ['yes', None])
 def test_truncated_is_refused_kept_and_resumed(server, size):
     d = thing(server, 'cut', size=size)
-    with pytest.raises(InputError, match=r'tiny: 300,000 bytes expected, (\d+),(\d+) arrived.*call again'): get(d)
+    with pytest.raises(InputError, match=r'tiny: 300,000 bytes expected, (\d+),(\d+) arrived.*call again'):
+        get(d)
     assert not d.path.exists() and left(d)==['tiny.pth.part']
     n = d.path.with_name('tiny.pth.part').stat().st_size
     assert 80_000<n<=100_000 and d.path.with_name('tiny.pth.part').read_bytes()==DATA[:n]
@@ -130,12 +136,13 @@ def test_wrong_bytes(server):
 @pytest.mark.parametrize('mode,size,match', [
     ('login', 'yes', 'the server offers 25: this is another file'), ('login', None, 'but got'),
     ('missing', 'yes', 'answered 404.*bring the file to work_dir/SAM/tiny.pth yourself'),
-    ('cutnolength', 'yes', '300,000 bytes expected, 100,000 arrived'), ('cutnolength', None, 'but got'), ('toolong', 'yes', 'but got')])
+    ('cutnolength', 'yes', '300,000 bytes expected, 100,000 arrived'), ('cutnolength', None, 'but got'),
+    ('toolong', 'yes', 'but got')])
 def test_refusals_leave_nothing_at_the_place(server, mode, size, match):
     d = thing(server, mode, size=size)
     with pytest.raises(InputError, match=match) as e: get(d)
     assert '\n' not in str(e.value) and not d.path.exists()
-    assert left(d) in ([], ['tiny.pth.part']) and (left(d)==[]) == (mode!='cutnolength' or size is None)
+    assert left(d) in ([], ['tiny.pth.part']) and (left(d)==[])==(mode!='cutnolength' or size is None)
     assert get(d, url=f'{server.url}/ok/tiny').read_bytes()==DATA
 
 def test_no_length_is_fine(server): assert get(thing(server, 'nolength')).read_bytes()==DATA
@@ -160,8 +167,10 @@ def test_wrong_file_is_not_touched_unasked(server):
 
 def test_no_room(server):
     d = Download('tiny', f'{server.url}/ok/tiny', 'x', None, 'md5:0', 'none')
-    with pytest.raises(InputError, match='make room, or set MEDSAM_NB_HOME'): core._check_space(REPO, 10**18, 'tiny')
-    with pytest.raises(InputError, match='tiny needs 1,000,000,000.0 GB'): get(d, url=f'{server.url}/huge/tiny')
+    with pytest.raises(InputError, match='make room, or set MEDSAM_NB_HOME'):
+        core._check_space(REPO, 10**18, 'tiny')
+    with pytest.raises(InputError, match='tiny needs 1,000,000,000.0 GB'):
+        get(d, url=f'{server.url}/huge/tiny')
     assert left(d)==[]
 
 def test_unknown_name():
@@ -186,7 +195,11 @@ def test_registry():
     assert set(REGISTRY)=={'sam_vit_b', 'sam_vit_l', 'sam_vit_h', 'medsam_vit_b', 'flare22'}
     for k,d in REGISTRY.items():
         alg,h = d.hash.split(':')
-        assert d.name==k and d.url.startswith('https://') and re.fullmatch('[0-9a-f]{%d}'%dict(sha256=64, md5=32)[alg], h) and d.licence
+        assert d.name==k
+        assert d.url.startswith('https://')
+        assert (re.fullmatch('[0-9a-f]{%d}'%dict(sha256=64, md5=32)[alg],
+            h))
+        assert d.licence
     assert [REGISTRY[f'sam_vit_{k}'].size for k in 'blh']==[375042383, 1249524607, 2564550879]
     assert all(s in REGISTRY['flare22'].licence for s in ('CC BY 4.0', 'CC BY-NC-SA 4.0', 'research only'))
 
@@ -195,7 +208,9 @@ def zipped(path, files, link=None, **kw):
     with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as zf:
         for n,c in files.items(): zf.writestr(n, c)
         if link:
-            i = zipfile.ZipInfo(link); i.create_system = 3; i.external_attr = (stat.S_IFLNK|0o777)<<16
+            i = zipfile.ZipInfo(link)
+            i.create_system = 3
+            i.external_attr = (stat.S_IFLNK|0o777)<<16
             zf.writestr(i, '/etc/passwd')
     return path.read_bytes()
 
@@ -207,15 +222,18 @@ def tree(p): return sorted(q.relative_to(p).as_posix() for q in p.rglob('*') if 
 
 @pytest.mark.parametrize('prefix', ['', 'FLARE22Train/', 'FLARE22Train/FLARE22Train/', 'FLARE22Train\\'])
 def test_unzip_flattens(server, tmp_path, prefix):
-    files = {prefix+'images/FLARE22_Tr_0001_0000.nii.gz':b'1', prefix+'labels/FLARE22_Tr_0001.nii.gz':b'2', '__MACOSX/x':b'3', prefix+'.DS_Store':b'4'}
+    files = {prefix+'images/FLARE22_Tr_0001_0000.nii.gz':b'1', prefix+'labels/FLARE22_Tr_0001.nii.gz':b'2',
+             '__MACOSX/x':b'3', prefix+'.DS_Store':b'4'}
     p = get(archive(server, tmp_path, files))
-    assert p==data_dir('FLARE22Train') and tree(p)==['images/FLARE22_Tr_0001_0000.nii.gz', 'labels/FLARE22_Tr_0001.nii.gz']
+    assert p==data_dir('FLARE22Train') and tree(p)==['images/FLARE22_Tr_0001_0000.nii.gz',
+                                                     'labels/FLARE22_Tr_0001.nii.gz']
     assert sorted(q.name for q in p.parent.iterdir())==['FLARE22Train', 'FLARE22Train.zip']
 
 def test_a_single_folder_of_another_name_stays(server, tmp_path):
     assert tree(get(archive(server, tmp_path, {'images/a':b'1', 'images/b':b'2'})))==['images/a', 'images/b']
 
-@pytest.mark.parametrize('name', ['../evil', 'a/../../evil', '/tmp/evil', 'C:\\evil', 'C:/evil', '..\\evil', '\\evil', 'FLARE22Train/../../evil'])
+@pytest.mark.parametrize('name', ['../evil', 'a/../../evil', '/tmp/evil', 'C:\\evil', 'C:/evil', '..\\evil', '\\evil',
+                                  'FLARE22Train/../../evil'])
 def test_zip_slip(server, tmp_path, here, name):
     d = archive(server, tmp_path, {'FLARE22Train/good':b'1', name:b'evil'})
     with pytest.raises(InputError, match='do not trust this archive'): get(d)
@@ -228,7 +246,8 @@ def test_zip_link(server, tmp_path):
 
 def test_folder_in_place_is_left_alone(server, tmp_path):
     d = archive(server, tmp_path, {'a':b'new'})
-    mine = data_dir('FLARE22Train'); mine.mkdir(parents=True)
+    mine = data_dir('FLARE22Train')
+    mine.mkdir(parents=True)
     (mine/'mine').write_bytes(b'x')
     assert get(d)==mine and tree(mine)==['mine'] and server.asked==[]
     assert tree(get(d, overwrite=True))==['a']
@@ -240,7 +259,8 @@ def test_empty_folder_is_filled(server, tmp_path):
     data_dir('FLARE22Train').mkdir(parents=True)
     assert tree(get(d))==['a']
 
-@pytest.mark.parametrize('body,match', [(b'no zip at all', 'cannot be unpacked'), (None, 'cannot be unpacked'), ('empty', 'holds no files')])
+@pytest.mark.parametrize('body,match', [(b'no zip at all', 'cannot be unpacked'), (None, 'cannot be unpacked'),
+                                        ('empty', 'holds no files')])
 def test_damaged_archive(server, tmp_path, body, match):
     d = archive(server, tmp_path, {'a':bytes(1000), 'b':os.urandom(1000)} if body!='empty' else {'__MACOSX/x':b''})
     if body!='empty': server.body = body or server.body.replace(server.body[200:210], b'0123456789', 1)
@@ -262,7 +282,9 @@ def test_atomic_file(tmp_path, name):
 def test_atomic_failure_keeps_the_old(tmp_path, kind, exc):
     target = tmp_path/'t'
     def make(p, text):
-        if kind=='folder': p.mkdir(); p = p/'inside'
+        if kind=='folder':
+            p.mkdir()
+            p = p/'inside'
         p.write_text(text)
     with atomic_path(target) as p: make(p, 'old')
     with pytest.raises(BaseException):
@@ -274,19 +296,23 @@ def test_atomic_failure_keeps_the_old(tmp_path, kind, exc):
     assert (target/'inside' if kind=='folder' else target).read_text()=='new' and os.listdir(tmp_path)==['t']
 
 def test_atomic_no_overwrite(tmp_path):
-    t = tmp_path/'t'; t.write_text('old')
+    t = tmp_path/'t'
+    t.write_text('old')
     with pytest.raises(InputError, match='exists already'):
         with atomic_path(t, overwrite=False): pytest.fail('the block must not start')
     t.unlink()
     with pytest.raises(InputError, match='exists already'):
         with atomic_path(t, overwrite=False) as p:
-            p.write_text('mine'); t.write_text('theirs') # somebody was faster
+            # somebody was faster
+            p.write_text('mine')
+            t.write_text('theirs')
     assert t.read_text()=='theirs' and os.listdir(tmp_path)==['t']
 
 def test_atomic_slips(tmp_path):
     with pytest.raises(FileNotFoundError, match='nothing was written'):
         with atomic_path(tmp_path/'t'): pass
-    (tmp_path/'folder').mkdir(); (tmp_path/'folder'/'precious').touch()
+    (tmp_path/'folder').mkdir()
+    (tmp_path/'folder'/'precious').touch()
     with pytest.raises(InputError, match='is a folder'):
         with atomic_path(tmp_path/'folder') as p: p.write_text('file')
     assert os.listdir(tmp_path)==['folder'] and os.listdir(tmp_path/'folder')==['precious']
@@ -301,11 +327,13 @@ def test_killed_process_leaves_no_target(tmp_path):
 def test_home(tmp_path, monkeypatch):
     assert home()==tmp_path/'home' and data_dir('a','b')==tmp_path/'home/data/a/b'
     monkeypatch.delenv('MEDSAM_NB_HOME')
-    (tmp_path/'repo/nbs/howto').mkdir(parents=True); (tmp_path/'repo/settings.ini').touch()
+    (tmp_path/'repo/nbs/howto').mkdir(parents=True)
+    (tmp_path/'repo/settings.ini').touch()
     for sub,want in (('repo/nbs/howto', 'repo'), ('repo', 'repo'), ('', '')):
         monkeypatch.chdir(tmp_path/sub)
         assert home()==tmp_path/want
-    monkeypatch.chdir(tmp_path); monkeypatch.setenv('MEDSAM_NB_HOME', 'rel')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('MEDSAM_NB_HOME', 'rel')
     assert home()==tmp_path/'rel'
     monkeypatch.setenv('MEDSAM_NB_HOME', '')
     assert home()==tmp_path
@@ -319,7 +347,11 @@ def test_pick_device():
 
 def test_seed_everything():
     def draw(): return random.random(), np.random.rand(), torch.rand(3).tolist()
-    seed_everything(1); a = draw(); seed_everything(2); b = draw(); seed_everything(1)
+    seed_everything(1)
+    a = draw()
+    seed_everything(2)
+    b = draw()
+    seed_everything(1)
     assert draw()==a!=b
     for bad in (-1, 2**32):
         with pytest.raises(InputError): seed_everything(bad)
@@ -365,17 +397,23 @@ def toy(tmp_path, here):
     "The scripts as pip writes them"
     maker = pytest.importorskip('pip._vendor.distlib.scripts').ScriptMaker(None, str(tmp_path/'bin'))
     maker.executable, maker.variants, maker.set_mode = sys.executable, {''}, True
-    (tmp_path/'bin').mkdir(); (tmp_path/'toy_module.py').write_text(MODULE)
-    maker.make('medsam_toy = toy_module:medsam_toy'); maker.make('medsam_outer = toy_module:medsam_outer')
+    (tmp_path/'bin').mkdir()
+    (tmp_path/'toy_module.py').write_text(MODULE)
+    maker.make('medsam_toy = toy_module:medsam_toy')
+    maker.make('medsam_outer = toy_module:medsam_outer')
     maker.make('medsam_fetch = medsam_nb.core:medsam_fetch')
     env = {**os.environ, 'PYTHONPATH':f'{tmp_path}{os.pathsep}{REPO}'}
-    return lambda name, *a: subprocess.run([str(tmp_path/'bin'/name), *a], capture_output=True, text=True, env=env, cwd=tmp_path)
+    return lambda name, *a: subprocess.run([str(tmp_path/'bin'/name), *a], capture_output=True, text=True, env=env,
+                                           cwd=tmp_path)
 
 def test_console(toy):
     r = toy('medsam_toy', '5', '--word', 'hey', '--shout')
     assert (r.returncode, r.stdout, r.stderr)==(0, '5 HEY\n', '')
     r = toy('medsam_toy', '--help')
-    assert r.returncode==0 and r.stdout.startswith('usage: medsam_toy') and 'a word beside it' in r.stdout and 'Print a number' in r.stdout
+    assert r.returncode==0
+    assert r.stdout.startswith('usage: medsam_toy')
+    assert 'a word beside it' in r.stdout
+    assert 'Print a number' in r.stdout
     assert toy('medsam_toy').returncode==2 and 'required: n' in toy('medsam_toy').stderr
     assert toy('medsam_toy', 'five').returncode==2
 
@@ -392,17 +430,23 @@ def test_console_that_calls_another(toy):
     assert (r.returncode, r.stdout)==(0, '4 x\ncaught\n'), r.stderr
 
 def test_command_called_from_a_script_is_a_function(toy, tmp_path):
-    (tmp_path/'train.py').write_text('from toy_module import *\nmedsam_outer()\ntry: medsam_toy(-1)\nexcept InputError as e: print("raised")')
-    r = subprocess.run([sys.executable, 'train.py', '--epochs', '3'], capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'PYTHONPATH':f'{tmp_path}{os.pathsep}{REPO}'})
+    (tmp_path/'train.py').write_text('from toy_module import *\nmedsam_outer()\ntry: medsam_toy(-1)\nexcept '
+                                     'InputError as e: print("raised")')
+    r = subprocess.run([sys.executable, 'train.py', '--epochs', '3'], capture_output=True, text=True, cwd=tmp_path,
+                       env={**os.environ, 'PYTHONPATH':f'{tmp_path}{os.pathsep}{REPO}'})
     assert (r.returncode, r.stdout)==(0, '3 x\ncaught\nraised\n'), r.stderr
 
 def test_medsam_fetch_console(toy, server, here):
     r = toy('medsam_fetch')
     assert r.returncode==0 and all(n in r.stdout for n in REGISTRY) and 'CC BY-NC-SA' in r.stdout
     r = toy('medsam_fetch', 'sam_vit_xxl')
-    assert r.returncode==2 and r.stderr.startswith("medsam_fetch: 'sam_vit_xxl' is not known") and r.stderr.count('\n')==1
+    assert r.returncode==2
+    assert r.stderr.startswith("medsam_fetch: 'sam_vit_xxl' is not known")
+    assert r.stderr.count('\n')==1
     r = toy('medsam_fetch', 'sam_vit_b', '--url', f'{server.url}/ok/tiny')
-    assert r.returncode==2 and r.stderr.count('\n')==1 and '375,042,383 bytes expected, the server offers 300,000' in r.stderr
+    assert r.returncode==2
+    assert r.stderr.count('\n')==1
+    assert '375,042,383 bytes expected, the server offers 300,000' in r.stderr
     assert 'licence: Apache 2.0' in r.stdout and not REGISTRY['sam_vit_b'].path.exists()
     r = toy('medsam_fetch', 'sam_vit_b', 'sam_vit_l', '--url', 'http://x')
     assert r.returncode==2 and 'exactly one name' in r.stderr

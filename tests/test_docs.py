@@ -384,7 +384,10 @@ def test_language_names_maths_and_widgets_of_a_small_site(small):
     page = read('page.html')
     assert page.count('<math')==2 and '<mfrac>' in page
     assert not [o for o in ('\\frac', '\\sum', 'katex') if o in page]
-    assert f'base64,{PNG}' in page and 'alt="a square"' in page and 'make lab' in page and 'AnnotateWidget' not in page
+    assert f'base64,{PNG}' in page
+    assert 'alt="a square"' in page
+    assert 'make lab' in page
+    assert 'AnnotateWidget' not in page
     assert 'ko/index.llms.md' in read('llms.txt')
 
 def test_a_widget_without_a_still_is_refused(small):

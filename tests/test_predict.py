@@ -6,9 +6,9 @@ from hypothesis import given, settings, strategies as st
 from medsam_nb.core import InputError
 from medsam_nb.embed import encode
 from medsam_nb.metrics import dsc
-from medsam_nb.predict import (Prediction, Predictor, _asked, click_rounds, everything, label_map, match_regions, oracle_boxes,
-                               predict_slices, predict_volume)
-from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Points, line_to_box, mask_to_box
+from medsam_nb.predict import (Prediction, Predictor, _asked, click_rounds, everything, label_map, match_regions,
+                               oracle_boxes, predict_slices, predict_volume)
+from medsam_nb.prompt import BOX_COLUMNS, Ask, Box, Line, Outline, Points, line_to_box, mask_to_box
 from medsam_nb.view import Grid, Recipe, View, resize_image
 from medsam_nb.volume import Volume
 from tiny import disc, lite, quick, scan
@@ -128,12 +128,14 @@ def test_a_turned_view_is_asked_and_answers_in_pixels_of_the_slice(flip):
     v = Volume(scan()[0], (3,.8,.8))
     turn = Grid(v.shape[1:], flip=flip).turn
     over = Volume(np.stack([turn(s) for s in v.array]), v.spacing)
-    p,q = Predictor(quick()).set_view(View(v, Recipe()), 1),Predictor(quick()).set_view(View(over, Recipe(flip=flip)), 1)
+    p = Predictor(quick(), quiet=True).set_view(View(v, Recipe()), 1)
+    q = Predictor(quick(), quiet=True).set_view(View(over, Recipe(flip=flip)), 1)
     assert torch.equal(p.embedding, q.embedding)
     assert np.array_equal(q.image, turn(p.image))
     gt = disc((64,80), 30, 34, 12)
-    for kwargs,turned in ((dict(box=mask_to_box(gt)), dict(box=mask_to_box(turn(gt)))), (dict(mask=gt), dict(mask=turn(gt)))):
-        assert np.array_equal(turn(q.predict(**turned).masks[0]), p.predict(**kwargs).masks[0])
+    by_box,by_mask = q.predict(mask_to_box(turn(gt))),q.predict(mask=turn(gt))
+    assert np.array_equal(turn(by_box.masks[0]), p.predict(mask_to_box(gt)).masks[0])
+    assert np.array_equal(turn(by_mask.masks[0]), p.predict(mask=gt).masks[0])
 
 
 # ---- refusals ----
@@ -191,7 +193,9 @@ def test_what_is_no_picture_is_refused(bad):
 
 
 # ---- prompts and what comes back ----
-@given(st.integers(0, 2**32-1), st.sampled_from([(120,300),(333,97),(64,64),(1024,512)]), st.sampled_from(['pad','squash']))
+SHAPES = st.sampled_from([(120,300),(333,97),(64,64),(1024,512)])
+
+@given(st.integers(0, 2**32-1), SHAPES, st.sampled_from(['pad','squash']))
 @settings(deadline=None, max_examples=40)
 def test_whole_numbers_reach_the_decoder_untruncated(seed, shape, fit):
     "Whatever type the numbers of a box or a click have, the prompt encoder is given the same ones"
@@ -254,7 +258,9 @@ def test_several_masks_pair_with_several_boxes(wide):
     p,im,m = wide
     assert p.predict([mask_to_box(o) for o in m], mask=np.stack(m)).masks.shape==(2,*SHAPE)
 
-@pytest.mark.parametrize('size, fit, flip', [(512,'pad',None), (256,'squash',None), (128,'squash',None), (256,'pad','ud'), (200,'squash','udlr')])
+GRIDS = [(512,'pad',None), (256,'squash',None), (128,'squash',None), (256,'pad','ud'), (200,'squash','udlr')]
+
+@pytest.mark.parametrize('size, fit, flip', GRIDS)
 def test_mask_prompts_on_any_grid(size, fit, flip):
     gt = ellipse((120,240), 60, 150, 30, 45)
     p = Predictor(quick()).set_embedding(torch.zeros(256,64,64), Grid(gt.shape, size, fit, flip))
@@ -289,8 +295,9 @@ def test_the_boxes_that_were_asked_are_kept(wide):
 @pytest.mark.filterwarnings(BOXES_ONLY)
 def test_labels_of_clicks_go_by_their_old_name_with_a_warning(wide):
     p = wide[0]
-    with pytest.warns(FutureWarning, match='labels is called point_labels'): old = p.predict(points=[[70,45],[220,70]], labels=[1,0])
-    assert np.array_equal(old.masks, p.predict(points=[[70,45],[220,70]], point_labels=[1,0]).masks)
+    two = [[70,45],[220,70]]
+    with pytest.warns(FutureWarning, match='labels is called point_labels'): old = p.predict(points=two, labels=[1,0])
+    assert np.array_equal(old.masks, p.predict(points=two, point_labels=[1,0]).masks)
     with pytest.warns(FutureWarning, match='point_labels'): assert old.labels.tolist()==[[1,0]]
 
 
@@ -319,6 +326,13 @@ def test_a_dict_is_a_prompt_and_a_prediction_shows_it(wide):
     got = p.ask([dict(kind='box', box=[-9,-9,90,90])])
     assert got.prompts==[Box((0.,0.,90.,90.))]
     assert len(got.show().patches)==1
+
+@pytest.mark.filterwarnings(BOXES_ONLY)
+def test_an_outline_is_asked_as_its_box_and_its_mask(wide):
+    p,im,m = wide
+    outline = Outline(((40.,25.),(100.,25.),(100.,65.),(40.,65.)))
+    want = p.predict((40,25,100,65), mask=outline.mask(SHAPE))
+    assert np.array_equal(p.ask([Box((1.,1.,50.,50.)), outline]).logits[1:], want.logits)
 
 @pytest.mark.parametrize('prompts, match', [
     ([], 'no prompt'),
@@ -484,7 +498,8 @@ def test_an_overlap_rule_that_is_not_known_is_refused():
 
 @pytest.mark.parametrize('bad', [[3], [3,70000], [3,0], [-1,2], [1.5,2], ['a','b'], [[1,2]]])
 def test_ids_that_are_no_ids_are_refused(bad):
-    with pytest.raises(InputError, match='one whole number from 1 to 65535 for each of the 2'): label_map(prediction((.9,.5)), bad)
+    with pytest.raises(InputError, match='one whole number from 1 to 65535 for each of the 2'):
+        label_map(prediction((.9,.5)), bad)
 
 def test_of_three_masks_the_best_is_mapped():
     three = Prediction(np.stack([BIG,SMALL,SMALL])[None], np.array([[.1,.9,.2]]), np.zeros((1,3,4,4)))
@@ -528,7 +543,8 @@ def test_slices_come_with_what_was_asked():
 @pytest.mark.parametrize('recipe', [Recipe(), Recipe(flip='udlr')])
 def test_clicks_in_columns_of_their_own_are_still_read_with_a_warning(recipe):
     nan = np.nan
-    table = boxes_of((1,9,nan,nan,nan,nan), (1,2,50,10,70,30)).assign(points=[[[34,30],[5,5]],None], point_labels=[[1,0],None])
+    clicks = dict(points=[[[34,30],[5,5]],None], point_labels=[[1,0],None])
+    table = boxes_of((1,9,nan,nan,nan,nan), (1,2,50,10,70,30)).assign(**clicks)
     asks = [Ask(1, 9, Points([[34,30],[5,5]], [1,0])), Ask(1, 2, Box((50,10,70,30)))]
     with pytest.warns(FutureWarning, match='list of Ask'): old = predict(table, recipe)
     assert np.array_equal(old, predict(asks, recipe))

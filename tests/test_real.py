@@ -1,4 +1,5 @@
-"Real scans, from a raw folder to scores. Marked `real`: they run where ../shared/data (or MEDSAM_NB_REAL_DATA) is, and skip with a reason elsewhere"
+"""Real scans, from a raw folder to scores. Marked `real`: they run where ../shared/data (or MEDSAM_NB_REAL_DATA) is,
+and skip with a reason elsewhere"""
 import numpy as np, pandas as pd, pytest
 
 from medsam_nb.core import InputError, ORGANS
@@ -54,7 +55,7 @@ def test_abdomen_ct_all_organs(real_data, lite, tmp_path):
                          columns=['id', 'organ', 'voxels', 'DSC'])
     by_iou = predict_volume(predictor, vol, boxes, progress=False, overlap='iou')
     table['higher IoU wins'] = [dsc(by_iou==i, lab.array==i) for i in ids]
-    say(f'abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one '
+    say('abdomen_ct, lite, tight oracle boxes, one label map, where masks overlap the smaller wins (DSC), or the one '
         f'with the higher predicted IoU:\n{table.round(3).to_string(index=False)}\nmean {table.DSC.mean():.3f}, '
         f'{table["higher IoU wins"].mean():.3f}')
     assert len(table)==12 and set(table.id)==set(range(1,14))-{10}
@@ -85,7 +86,8 @@ def ask_all_ways(pred, im, gt, spacing):
             'its mask alone': dsc(pred.predict(mask=one.logits).masks[0], gt)}
 
 def regions_and_organs(sam, im, labels, organ):
-    "Everything mode on one slice, no region thrown away: DSC of the best for one organ; regions, those that would pass the usual thresholds, those that are an organ"
+    """Everything mode on one slice, no region thrown away: DSC of the best for one organ; regions, those that would
+    pass the usual thresholds, those that are an organ"""
     found = everything(sam, im, points_per_side=6, pred_iou_thresh=0, stability_score_thresh=0)
     best = match_regions(found, labels).set_index('label').DSC[organ]
     return {'everything, best region': best}, (len(found),
@@ -94,7 +96,8 @@ def regions_and_organs(sam, im, labels, organ):
 
 @pytest.mark.filterwarnings('ignore:lite was trained with boxes only')
 def test_abdomen_ct_prompt_modes(real_data, lite):
-    "Liver, right kidney, spleen, gallbladder on four slices each, every prompt mode on the same slices; a box beats one click on the mean"
+    """Liver, right kidney, spleen, gallbladder on four slices each, every prompt mode on the same slices; a box beats
+    one click on the mean"""
     c, = find_cases(real_data/'abdomen_ct/images', real_data/'abdomen_ct/labels')
     vol, lab = read_volume(c.image), read_volume(c.label, kind='label')
     ims, pred, rows, counts = normalize(vol.array, Recipe()), Predictor(lite), [], []
@@ -112,7 +115,9 @@ def test_abdomen_ct_prompt_modes(real_data, lite):
         f'everything mode, 36 clicks a slice: {sure} regions at the usual thresholds, {n} without them, {organs} of '
         f'these with a DSC of 0.5 or more for any labelled organ, none with a name')
     assert len(t.columns)==5 and t['mean']['box']>t['mean']['1 click']+.3 and t['mean']['box']>.85
-    assert t['mean']['box of both diameters']>.8 and (t.loc['box']>t.loc['1 click']).all() and t['mean']['box']>t['mean']['everything, best region']
+    assert t['mean']['box of both diameters']>.8
+    assert (t.loc['box']>t.loc['1 click']).all()
+    assert t['mean']['box']>t['mean']['everything, best region']
 
 @pytest.mark.parametrize('name,modality', [('sarcoma_ct', 'CT'), ('spleen_ct', 'CT'), ('sarcoma_mr', 'MR')])
 def test_other_scans_go_from_curate_to_predict(real_data, lite, tmp_path, name, modality):
@@ -144,7 +149,8 @@ def btcv(real_data, lite, tmp_path_factory):
     store = embed(res.folder, tmp/'emb.zarr', model=lite, device='cpu')
     return res.folder, tmp/'emb.zarr', tmp
 
-def masks_curve(ev): return ev.scores.pivot_table(index='slack', columns='decoder', values='DSC_256', sort=False)
+def masks_curve(ev):
+    return ev.scores.pivot_table(index='slack', columns='decoder', values='DSC_256', sort=False)
 
 def masks_mean(ev, slack):
     "Mean DSC over masks (not patients), per decoder: the prototype's figure"
@@ -158,7 +164,8 @@ def test_btcv_is_split_by_patient(btcv):
     assert split[split.part=='test'].patient.nunique()==4
 
 def test_btcv_pretrained_on_all_organs(btcv, lite):
-    "All patients, a tight oracle box round each piece of each organ: mean DSC over masks of at least 0.84 before any tuning; one box per organ, and the mean over organs, are said too"
+    """All patients, a tight oracle box round each piece of each organ: mean DSC over masks of at least 0.84 before any
+    tuning; one box per organ, and the mean over organs, are said too"""
     folder, store, _ = btcv
     pred, rows = Predictor(lite), []
     for f in find_npz(folder):

@@ -40,7 +40,8 @@ def leftovers(path):
 
 
 # ---- embedding ----
-def slices_in(store): return [p for p in Path(store).glob('*/c/*/0/0/0') if p.is_file() and p.parts[-6]!='_ranges']
+def slices_in(store):
+    return [p for p in Path(store).glob('*/c/*/0/0/0') if p.is_file() and p.parts[-6]!='_ranges']
 
 SLOW = '''
 import sys, time
@@ -111,7 +112,8 @@ def test_fine_tuning_killed_in_an_epoch_and_while_saving(data, whole, tmp_path):
     assert pd.read_csv(run/'log.csv').epoch.tolist()==[0,1,2,3] and same_run(run, whole) and not leftovers(run)
     assert [p.name for p in run.glob('state-*')]==['state-00003']
 
-def again(data, run, **kw): return finetune(*data, run, device='cpu', **(dict(epochs=3, batch_size=1, lr=3e-4)|kw))
+def again(data, run, **kw):
+    return finetune(*data, run, device='cpu', **(dict(epochs=3, batch_size=1, lr=3e-4)|kw))
 
 def test_killed_between_state_and_log(data, whole, tmp_path):
     run = shutil.copytree(whole, tmp_path/'run')
@@ -238,7 +240,8 @@ def test_a_folder_where_nothing_is_usable(tmp_path, how):
 def test_commands_end_in_one_sentence(tmp_path):
     "From a console a mistake is one line on stderr and exit code 2"
     bin_ = Path(sys.executable).parent
-    if not (bin_/'medsam_predict').exists(): pytest.skip('the package is not installed, so there are no commands')
+    if not (bin_/'medsam_predict').exists():
+        pytest.skip('the package is not installed, so there are no commands')
     (tmp_path/'x.nii.gz').write_bytes(b'nothing')
     jobs = {'medsam_finetune': ['nowhere'], 'medsam_predict': ['x.nii.gz','out.nii.gz','--boxes','b.csv']}
     ps = {c: subprocess.Popen([bin_/c, *a], cwd=tmp_path,

@@ -10,7 +10,8 @@ QUIET = re.compile(r'^#\|\s*output:\s*false', re.M)   # housekeeping: nobody see
 
 def is_progress(out)->bool:
     "Is this output a progress bar, which changes with each run and says nothing afterwards?"
-    return out.output_type == 'stream' and out.name == 'stderr' and (not out.text.strip() or bool(re.search(r'\d+%\|.*\||\d+(it|slice|s)?\s*\[\d\d:\d\d', out.text)))
+    return out.output_type=='stream' and out.name=='stderr' and (not out.text.strip()
+                                                                 or bool(re.search(r'\d+%\|.*\||\d+(it|slice|s)?\s*\[\d\d:\d\d', out.text)))
 
 ALT = re.compile(r'^#\|\s*fig-alt:.*\n?', re.M)   # the only line of code that a translation translates
 
@@ -19,42 +20,50 @@ def skips(path:Path)->bool:
     from fastcore.basics import str2bool
     from nbdev.frontmatter import FrontmatterProc
     from nbdev.process import NBProcessor
-    return str2bool(getattr(NBProcessor(path, procs=FrontmatterProc, process=True).nb, 'frontmatter_', {}).get('skip_exec', False))
+    return str2bool(getattr(NBProcessor(path, procs=FrontmatterProc, process=True).nb, 'frontmatter_',
+                            {}).get('skip_exec', False))
 
 def original(path:Path)->Path:
     "The notebook that one in a language's folder (nbs/ko/) translates: the one of the same name outside these folders"
     inside = lambda o: re.fullmatch('[a-z]{2}', o.relative_to(ROOT/'nbs').parts[0])
     found = [o for o in (ROOT/'nbs').rglob(path.name) if '.ipynb_checkpoints' not in o.parts and not inside(o)]
-    if not inside(path) or len(found) != 1: raise ValueError(f'{path.relative_to(ROOT)} is the translation of no notebook: it has to be run, so take skip_exec out')
+    if not inside(path) or len(found)!=1:
+        raise ValueError(f'{path.relative_to(ROOT)} is the translation of no notebook: it has to be run, so take '
+                         f'skip_exec out')
     return found[0]
 
 def borrow(path:Path, source:Path):
     "Give a translation the outputs of its original, cell by cell"
     import nbformat
     nb, src = nbformat.read(path, 4), nbformat.read(source, 4)
-    mine, theirs = ([c for c in o.cells if c.cell_type == 'code'] for o in (nb, src))
-    if [ALT.sub('', c.source) for c in mine] != [ALT.sub('', c.source) for c in theirs]: raise ValueError(f'its code differs from that of {source.relative_to(ROOT)}: bring it in step first')
+    mine, theirs = ([c for c in o.cells if c.cell_type=='code'] for o in (nb, src))
+    if [ALT.sub('', c.source) for c in mine]!=[ALT.sub('', c.source) for c in theirs]:
+        raise ValueError(f'its code differs from that of {source.relative_to(ROOT)}: bring it in step first')
     for a, b in zip(mine, theirs): a.outputs = b.outputs
     nbformat.write(nb, path)
 
 def run(path:Path, force:str='', timeout:int=1800)->float:
-    "Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns seconds."
+    """Execute one notebook and write it back; `force` names flags ('slow', 'cuda') whose cells are run too. Returns
+    seconds"""
     import nbformat
     from nbclient import NotebookClient
     start, nb, own = time.time(), nbformat.read(path, 4), {}
     for c in nb.cells:
-        if c.cell_type != 'code': continue
+        if c.cell_type!='code': continue
         m = KEEP.search(c.source)
         if m and m[1].lower() not in force.split():
             own[c.id] = c.metadata.get('tags')
             c.metadata['tags'] = ['skip-execution']
         else: c.outputs = []
-    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=False, resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(nb, timeout=timeout, kernel_name='python3', store_widget_state=False,
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
     for c in nb.cells:
         c.metadata.pop('execution', None)
         if c.get('outputs'): c.outputs = [o for o in c.outputs if not is_progress(o)]
-        if c.cell_type == 'code' and QUIET.search(c.source): c.outputs = []
-        elif c.cell_type == 'code': c.outputs = [o for o in c.outputs if WIDGET not in o.get('data', {})]   # a page without a kernel cannot show one
+        if c.cell_type=='code' and QUIET.search(c.source): c.outputs = []
+        # a page without a kernel cannot show one
+        elif c.cell_type=='code':
+            c.outputs = [o for o in c.outputs if WIDGET not in o.get('data', {})]
         if c.id in own:
             c.metadata.pop('tags')
             if own[c.id] is not None: c.metadata['tags'] = own[c.id]
@@ -66,16 +75,21 @@ def main():
     p.add_argument('paths', nargs='*', type=Path, help='notebooks; all of nbs/ by default')
     p.add_argument('--flags', default='', help="marked cells to run as well: 'slow', 'cuda' or both")
     a = p.parse_args()
-    paths = [o.resolve() for o in a.paths] or sorted(o for o in (ROOT/'nbs').rglob('*.ipynb') if '.ipynb_checkpoints' not in o.parts)
+    paths = [o.resolve() for o in a.paths] or sorted(o for o in (ROOT/'nbs').rglob('*.ipynb')
+                                                     if '.ipynb_checkpoints' not in o.parts)
     if not paths: sys.exit('No notebook to run: looked for *.ipynb in nbs/')
-    os.environ.update(IN_TEST='1', PYTHONWARNINGS='ignore', TQDM_DISABLE='1', MEDSAM_NB_HOME=(home := tempfile.mkdtemp(prefix='medsam_nb-')))   # what anyone's first run shows
+    # what anyone's first run shows
+    os.environ.update(IN_TEST='1', PYTHONWARNINGS='ignore', TQDM_DISABLE='1',
+                      MEDSAM_NB_HOME=(home := tempfile.mkdtemp(prefix='medsam_nb-')))
     failed, left = [], [o for o in paths if skips(o)]
-    for o in [*(o for o in paths if o not in left), *left]:   # translations last: they take what their originals have just stored
+    # translations last: they take what their originals have just stored
+    for o in [*(o for o in paths if o not in left), *left]:
         name = o.relative_to(ROOT)
         try:
             if o in left:
                 borrow(o, source := original(o))
-                print(f'{name}: not run, skip_exec: its code is that of {source.relative_to(ROOT)}, whose outputs it has taken', flush=True)
+                print(f'{name}: not run, skip_exec: its code is that of {source.relative_to(ROOT)}, whose outputs it '
+                      f'has taken', flush=True)
             else: print(f'{name}: {run(o, a.flags):.0f} s', flush=True)
         except Exception as e:  # the others still run; nothing of a failing notebook is written
             failed.append(name)
@@ -88,4 +102,4 @@ def main():
     if failed: sys.exit(f"{len(failed)} of {len(paths)} notebooks failed: {' '.join(map(str, failed))}")
     print(f'{len(paths) - len(left)} notebooks run and stored' + (f', {len(left)} not run' if left else ''))
 
-if __name__ == '__main__': main()
+if __name__=='__main__': main()

@@ -1,4 +1,4 @@
-"Write constraints.txt: the installed version of every package that settings.ini names, and no other."
+"Write constraints.txt: the installed version of every package that settings.ini names, and no other"
 import argparse, re
 from configparser import ConfigParser
 from importlib.metadata import distribution
@@ -36,4 +36,4 @@ def main():
     (ROOT/'constraints.txt').write_text(out, encoding='utf-8')
     print(f'constraints.txt: {len(direct())} pins')
 
-if __name__ == '__main__': main()
+if __name__=='__main__': main()

@@ -1,4 +1,4 @@
-"Write README.md from nbs/index.ipynb, without Quarto; --check only says whether it is up to date."
+"Write README.md from nbs/index.ipynb, without Quarto; --check only says whether it is up to date"
 import argparse, re, sys
 from pathlib import Path
 
@@ -20,13 +20,13 @@ def build(nb_path:Path)->tuple: # (the text, pictures by file name)
     from nbconvert import MarkdownExporter
     nb, cells = nbformat.read(nb_path, 4), []
     for c in nb.cells:
-        flags = re.findall(r'^#\|\s*(\S+)\s*(\S*)', c.source, re.M) if c.cell_type == 'code' else []
+        flags = re.findall(r'^#\|\s*(\S+)\s*(\S*)', c.source, re.M) if c.cell_type=='code' else []
         names = [o[0] for o in flags]
-        if c.cell_type == 'raw' or 'hide' in names or ('include:', 'false') in flags: continue
+        if c.cell_type=='raw' or 'hide' in names or ('include:', 'false') in flags: continue
         if ('output:', 'false') in flags: c.outputs = []
         if ('echo:', 'false') in flags: c.source = ''
         elif flags: c.source = re.sub(r'^#\|.*\n?', '', c.source, flags=re.M)
-        if c.cell_type == 'markdown': c.source = relink(c.source)
+        if c.cell_type=='markdown': c.source = relink(c.source)
         cells.append(c)
     nb.cells = cells
     body, res = MarkdownExporter().from_notebook_node(nb, {'output_files_dir': 'README_files', 'unique_key': 'README'})
@@ -39,7 +39,7 @@ def main():
     a = p.parse_args()
     text, pictures = build(ROOT/NB)
     files = {'README.md': text.encode(), **pictures}
-    stale = [o for o, data in files.items() if not (ROOT/o).is_file() or (ROOT/o).read_bytes() != data]
+    stale = [o for o, data in files.items() if not (ROOT/o).is_file() or (ROOT/o).read_bytes()!=data]
     if a.check:
         if stale: sys.exit(f"Out of date with {NB}: {' '.join(stale)}. Run `make sync`.")
         return
@@ -48,4 +48,4 @@ def main():
         (ROOT/o).write_bytes(files[o])
     print(f"{' '.join(stale)} written" if stale else 'README.md is up to date')
 
-if __name__ == '__main__': main()
+if __name__=='__main__': main()

@@ -496,7 +496,7 @@ def test_a_run_of_the_earlier_version_is_taken_up(tmp, run):
 # ---- the chain ----
 def chain(home):
     "Scores of the demo's five commands on three small phantoms"
-    medsam_phantom(out=str(home/'phantom'), n=3, size='6,128,128', progress=False)
+    medsam_phantom(out=str(home/'phantom'), n=3, size='10,128,128', progress=False)
     medsam_curate(str(home/'phantom/images'), str(home/'phantom/labels'), out=str(home/'npz'), anatomy='same',
                   min_pixels=200, progress=False)
     npz = str(home/'npz'/'CT_same')

@@ -26,7 +26,7 @@ class InputError(ValueError):
     "What the user gave cannot be used; the message says what was found, where, and what to do"
     def __init__(self,
         text:str, # the sentence
-        code:str='', # the kind of fault in a word or two with hyphens, such as 'pair-size', for programs; '' where nobody asks
+        code:str='', # the kind of fault, such as 'pair-size', for programs; '' where nobody asks
     ):
         super().__init__(text)
         self.code = code
@@ -179,7 +179,9 @@ def _is_console(
 def _sentence(e:Exception)->str:
     "One line for an error of the user's or of the disk's making"
     if isinstance(e, OSError) and e.strerror:
-        e = f"{_short(e.filename) if e.filename else 'the disk'}: {e.strerror}. Look at free space and permissions, then run the same command again."
+        where = _short(e.filename) if e.filename else 'the disk'
+        e = (f'{where}: {e.strerror}. Look at free space and permissions, '
+             'then run the same command again.')
     return ' '.join(str(e).split())
 
 # %% ../nbs/00_core.ipynb #5ea9dfed
@@ -187,7 +189,7 @@ def run_command(
     name:str, # of the command
     job, # what it does, called without arguments
 ):
-    "What `job` returns; an `InputError` or an error of the disk ends in one sentence and exit code 2, Ctrl-C in 130 as shells report it"
+    "What `job` returns; an `InputError` or an error of the disk ends in exit code 2, Ctrl-C in 130"
     try: return job()
     except (InputError, OSError) as e: # OSError: no permission, a full disk
         print(f'{name}: {_sentence(e)}', file=sys.stderr)
@@ -478,7 +480,8 @@ def _download(
     try: pooch.retrieve(url, d.hash, d.path.name, d.path.parent, downloader=downloader)
     except InputError: raise
     except requests.RequestException as e:
-        why = f'answered {e.response.status_code}' if e.response is not None else f'could not be reached ({type(e).__name__})'
+        why = f'could not be reached ({type(e).__name__})'
+        if e.response is not None: why = f'answered {e.response.status_code}'
         raise InputError(f'{d.name}: {url} {why}: check the address and the network, or '
                          f'bring the file to {_short(d.path)} yourself') from None
     except ValueError as e: # pooch's hash error
@@ -561,7 +564,7 @@ def fetch(
     overwrite:bool=False, # replace a wrong file, or an unpacked folder, that is there?
     progress:bool=True, # show progress bars?
 )->Path: # the file, or the folder it was unpacked into
-    "Bring a file to its place and return where it is: used if it is there and right, else downloaded, resumed or refused, never half written"
+    "Bring a file to its place and return where it is: used if it is right, else downloaded, never half written"
     if not isinstance(name, Download) and name not in REGISTRY:
         raise InputError(f'{name!r} is not known: choose one of {list(REGISTRY)}, or pass '
                          f'a Download')
@@ -576,10 +579,11 @@ def fetch(
     return _unzip(d.path, folder, overwrite, progress) if folder else d.path
 
 # %% ../nbs/00_core.ipynb #5558b036
+_FETCHED = Param('what to fetch; nothing: list what there is', str, nargs='*', opt=False, default=[])
+
 @command
 def medsam_fetch(
-    names:Param('what to fetch; nothing: list what there is', str, nargs='*', opt=False,
-                default=[])=None,
+    names:_FETCHED=None, # what to fetch, a name or several; None: list what there is
     url:str=None, # another address of the same file (with one name only)
     overwrite:bool=False, # replace a wrong file, or an unpacked folder, that is there?
 ):
@@ -593,4 +597,5 @@ def medsam_fetch(
     for n in names: print(f'{n}: {_short(fetch(n, url, overwrite))}')
     if not names:
         for d in REGISTRY.values():
-            print(f'{d.name:<13}{f"{d.size/1e6:,.0f} MB" if d.size else "size unknown":>13}  {d.unzip_to or d.dest}\n    licence: {d.licence}')
+            size = f'{d.size/1e6:,.0f} MB' if d.size else 'size unknown'
+            print(f'{d.name:<13}{size:>13}  {d.unzip_to or d.dest}\n    licence: {d.licence}')

@@ -154,8 +154,7 @@ def curate_case(
 # %% ../nbs/06_curate.ipynb #712be135
 def patient_of(
     case:str, # case name
-    # regular expression; its first group (or all it matches) is the patient. None: the case is the patient
-    pattern:str=None,
+    pattern:str=None, # regular expression; its first group (or all of it) is the patient; None: the case is one
 )->str: # patient id
     "The patient a case belongs to; `InputError` when the pattern does not match"
     if pattern is None: return case
@@ -178,7 +177,7 @@ def split_cases(
     cases:list, # case names
     patients:list=None, # patient of each case; None: each case is a patient
     fraction:float=.2, # share of the patients that goes to the test part, 0 to less than 1
-    seed:int=2023,
+    seed:int=2023, # of the draw
     existing:dict=None, # patient -> 'train' or 'test', as drawn earlier; never changed
 )->dict: # case -> 'train' or 'test'
     "Assign cases to train and test by patient; at least one test patient when there are two or more"
@@ -286,7 +285,8 @@ class CuratedCase:
         return Grid((size,size), size)
     def __len__(self): return len(self.z)
     def __repr__(self):
-        return f'CuratedCase({self.case}: {len(self)} slices, labels {list(self.label_ids)}, spacing {self.spacing}, source {self.source_shape})'
+        return (f'CuratedCase({self.case}: {len(self)} slices, labels {list(self.label_ids)}, '
+                f'spacing {self.spacing}, source {self.source_shape})')
     def show(self, i:int=0, ax=None):
         "Draw sample `i` with its labels in the colours of the source ids"
         from medsam_nb.show import show_slice

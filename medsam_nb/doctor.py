@@ -1384,7 +1384,7 @@ def medsam_doctor(
     overwrite:bool=False, # replace existing files given as out and json
     **kwargs, # parameters of `examine`
 ):
-    "Say what would trip a run on a folder. Exit code: 0 no errors, 1 errors were found, 2 folders or options cannot be used"
+    "Say what would trip a run on a folder; exit code 0 no errors, 1 errors, 2 a folder or option is of no use"
     sheet = _sheet_name(images) if out is None else Path(out)
     if split_name(sheet)[1]!='.png': raise InputError(f'out {sheet} must end in .png')
     _outside(sheet, images, labels, 'out', out is None, overwrite)

@@ -30,7 +30,7 @@ def _scaled(x, factor:float):
     shape = [round(n*factor) for n in x.shape[-2:]]
     return F.interpolate(x, shape, mode='bilinear', antialias=True, align_corners=False)
 
-# %% ../nbs/09_embed.ipynb #db0e52cd
+# %% ../nbs/09_embed.ipynb #76a19b93
 def encode(
     sam, # a model of the zoo
     imgs:np.ndarray, # (B,S,S,3) uint8, curated slices
@@ -62,7 +62,7 @@ def quantize(
     rng = np.stack([lo, step], 1).reshape(-1, 2)
     return q.astype(np.uint8), rng.astype(np.float32)
 
-# %% ../nbs/09_embed.ipynb #f793d8cb
+# %% ../nbs/09_embed.ipynb #ce363f7a
 def dequantize(
     q:np.ndarray, # (256,64,64) uint8
     rng:np.ndarray, # (256,2) float32: minimum and step of each channel
@@ -86,7 +86,7 @@ def _fields(recipe:str)->dict:
     today = json.loads(Recipe().to_json())
     return today|json.loads(recipe)
 
-# %% ../nbs/09_embed.ipynb #07739e77
+# %% ../nbs/09_embed.ipynb #ab5d7cce
 def _differences(found:dict, wanted:dict):
     "Names and values that differ"
     for k,w in wanted.items():
@@ -101,7 +101,7 @@ def _differences(found:dict, wanted:dict):
             b = w.get(name)
             if a!=b: yield f'recipe.{name}',a,b
 
-# %% ../nbs/09_embed.ipynb #9f0ef97b
+# %% ../nbs/09_embed.ipynb #a81a36a5
 def check_provenance(
     found:dict, # what the store says
     wanted:dict, # what is needed now
@@ -124,7 +124,7 @@ def case_provenance(
     sha = case.source_sha256 or sha256_array(case.imgs)
     return dict(recipe=recipe, source_sha256=sha, z=case.z.tolist())
 
-# %% ../nbs/09_embed.ipynb #65135ed1
+# %% ../nbs/09_embed.ipynb #c04bc0f9
 class CaseEmbeddings:
     "The stored embeddings of one case: `emb[i]` is slice i as (256,64,64) float32"
     def __init__(self,
@@ -142,7 +142,7 @@ class CaseEmbeddings:
         if self.ranges is None: return stored.astype(np.float32)
         return dequantize(stored, self.ranges[i])
 
-# %% ../nbs/09_embed.ipynb #43c9ba4c
+# %% ../nbs/09_embed.ipynb #e35b7b44
 def _is_stored(array, i)->bool:
     "Is chunk `i` of a zarr array there?"
     chunk = array.metadata.encode_chunk_key((i,0,0,0))
@@ -154,7 +154,7 @@ def missing(self:CaseEmbeddings)->list:
     if self.array.nchunks_initialized==len(self): return [] # without a look at each
     return [i for i in range(len(self)) if not _is_stored(self.array, i)]
 
-# %% ../nbs/09_embed.ipynb #7ddc4d69
+# %% ../nbs/09_embed.ipynb #976cee36
 @patch
 def write(
     self:CaseEmbeddings,
@@ -183,7 +183,7 @@ def _check_name(path):
     raise InputError(f'{path} is {what}, not an embedding store: '
                      f'give the store a name of its own, such as {path}.zarr')
 
-# %% ../nbs/09_embed.ipynb #784abb24
+# %% ../nbs/09_embed.ipynb #5521708b
 class EmbeddingStore:
     "A zarr group of embeddings, one array per case, with provenance"
     def __init__(self,
@@ -210,7 +210,7 @@ class EmbeddingStore:
         what = f"model {a.get('model')}, {a.get('dtype')}"
         return f'EmbeddingStore({self.name}: {len(self.cases)} cases, {what})'
 
-# %% ../nbs/09_embed.ipynb #13f2664f
+# %% ../nbs/09_embed.ipynb #43310d38
 @patch(cls_method=True)
 def create(
     cls:EmbeddingStore,
@@ -224,7 +224,7 @@ def create(
         zarr.open_group(str(path), mode='a', attributes=made)
     return cls(path, wanted=provenance)
 
-# %% ../nbs/09_embed.ipynb #cccc0c0a
+# %% ../nbs/09_embed.ipynb #39da63d4
 @patch
 def __getitem__(self:EmbeddingStore, case):
     if case not in self:
@@ -234,7 +234,7 @@ def __getitem__(self:EmbeddingStore, case):
     if self.attrs['dtype']!='uint8': return CaseEmbeddings(array)
     return CaseEmbeddings(array, self.group[f'_ranges/{case}'])
 
-# %% ../nbs/09_embed.ipynb #74573b2c
+# %% ../nbs/09_embed.ipynb #32ee0daf
 @patch
 def add(
     self:EmbeddingStore,
@@ -254,7 +254,7 @@ def add(
                             shape=(n,256,64,64), chunks=(1,256,64,64))
     return self[name]
 
-# %% ../nbs/09_embed.ipynb #e7892f2c
+# %% ../nbs/09_embed.ipynb #4670e3b7
 @patch
 def open_case(
     self:EmbeddingStore,
@@ -301,7 +301,7 @@ def _n_missing(path, cases:list)->int:
     def missing(c): return len(store[c.case].missing()) if c.case in store else len(c)
     return sum(map(missing, cases))
 
-# %% ../nbs/09_embed.ipynb #7849deb6
+# %% ../nbs/09_embed.ipynb #8b40d915
 def _check_disk(path, n:int, dtype:str):
     each = 1.05 if dtype=='uint8' else 2.1 # MB
     need = int(n*each*1e6)
@@ -311,7 +311,7 @@ def _check_disk(path, n:int, dtype:str):
                      f'and the disk of {path} has {free/1e9:.1f} GB free: '
                      "free some space, use dtype='uint8', or give another store")
 
-# %% ../nbs/09_embed.ipynb #e4b1651d
+# %% ../nbs/09_embed.ipynb #657f8d5b
 def default_store(
     npz:str|Path, # a curated folder, e.g. data/npz/CT_Abd
     model:str, # a key of `MODELS`
@@ -333,7 +333,7 @@ def _check_settings(dtype, precision, batch_size):
     if batch_size>=1 and batch_size==int(batch_size): return
     raise InputError(f'batch_size is {batch_size}: give a whole number of at least 1')
 
-# %% ../nbs/09_embed.ipynb #30de5f27
+# %% ../nbs/09_embed.ipynb #53036f82
 def _embed_files(files:list, sam, store:EmbeddingStore, batch_size:int, precision:str):
     "Embed curated files one after the other"
     n = sum(len(read_npz(f)) for f in files)
@@ -343,7 +343,7 @@ def _embed_files(files:list, sam, store:EmbeddingStore, batch_size:int, precisio
             case = read_npz(f)
             _embed_case(sam, case, store, batch_size, precision, bar)
 
-# %% ../nbs/09_embed.ipynb #ce4a96ca
+# %% ../nbs/09_embed.ipynb #751d6e26
 def embed(
     npz:str|Path, # curated folder with train/ and test/ (chapter 06)
     store:str|Path=None, # zarr folder or URL; default data/embeddings/<model>/<folder>.zarr

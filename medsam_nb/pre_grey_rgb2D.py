@@ -29,7 +29,7 @@ def _read_table(csv)->pd.DataFrame:
     if len(lacks): raise InputError(f'{csv}: line {lacks[0]+2} has no image or no mask: complete or delete it')
     return t
 
-# %% ../nbs/17_pre_grey_rgb2D.ipynb #dbb8c573
+# %% ../nbs/17_pre_grey_rgb2D.ipynb #31c32df3
 def _picture_name(name:str, suffix:str)->str:
     "A path below the folder of images as a case id"
     path = Path(name).with_name(case_name(name, suffix))
@@ -46,7 +46,7 @@ def _check_pairs(csv, cases:Cases):
     twice = names[names.duplicated()]
     if len(twice): raise InputError(f'{csv}: {twice.iloc[0]!r} is listed more than once: give each image one line')
 
-# %% ../nbs/17_pre_grey_rgb2D.ipynb #3e5e7778
+# %% ../nbs/17_pre_grey_rgb2D.ipynb #9e92b227
 def read_pairs(
     csv, # table with the columns image_filename and mask_filename
     images, # folder that the image names start from
@@ -63,8 +63,8 @@ def read_pairs(
 # %% ../nbs/17_pre_grey_rgb2D.ipynb #16a0b1d7
 def _2d_parser()->argparse.ArgumentParser:
     about = ('Turn grey and colour pictures and their masks into samples and image embeddings, '
-             'split into train and test. Each picture counts as a patient; for several pictures of one patient use medsam_curate --patient, '
-             'then medsam_embed.')
+             'split into train and test. Each picture counts as a patient; for several pictures of one patient '
+             'use medsam_curate --patient, then medsam_embed.')
     p = pre_parser('pre_grey_rgb2D', about, '255', '.png')
     add = p.add_argument
     add('-i', '--img_path', help='folder of pictures (default: data/MedSAMDemo_2D/train/images)')
@@ -74,7 +74,7 @@ def _2d_parser()->argparse.ArgumentParser:
     add('--data_name', default='demo2d', help='the result is the folder 2D_<data_name> (default: demo2d)')
     return p
 
-# %% ../nbs/17_pre_grey_rgb2D.ipynb #a0e7eba3
+# %% ../nbs/17_pre_grey_rgb2D.ipynb #eb070e52
 def pre_grey_rgb2D(
     argv:list=None, # arguments as a list; None: those of the command line
 ):

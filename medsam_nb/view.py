@@ -412,7 +412,8 @@ class View:
 
     def __len__(self): return len(self.volume.array)
     def __repr__(self):
-        return f'View of {self.volume.case!r}: {len(self)} slices {self.grid.shape} on {self.grid.size} x {self.grid.size}'
+        on = f'{self.grid.size} x {self.grid.size}'
+        return f'View of {self.volume.case!r}: {len(self)} slices {self.grid.shape} on {on}'
 
     def grey(self,
         z:int, # slice

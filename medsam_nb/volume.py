@@ -710,7 +710,7 @@ def image_values(
     a:np.ndarray, # of any numbers
     where='the image', # what errors name
 )->np.ndarray:
-    "Integers in the narrowest of uint8, int16, uint16, int32 that holds them, floats as float32; NaN and inf are refused"
+    "Integers in the narrowest type that holds them, floats as float32; NaN and inf are refused"
     if a.dtype==bool: return a.astype(np.uint8)
     if a.dtype in (np.uint8, np.int16, np.uint16):
         return a.astype(a.dtype.newbyteorder('='), copy=False)
@@ -1020,7 +1020,7 @@ def _frame_grid(seg, i:int, g:Geometry)->tuple:
     return to@(place-g.origin), to@(along*(dx,dy))
 
 def _frame_index(seg, i:int, mask:np.ndarray, like:Volume, path)->tuple:
-    "Index (z,y,x) of the set pixels of frame `i` in the stored array of `like`; `InputError` when they lie on no voxels"
+    "Index (z,y,x) of the set pixels of frame `i` in the stored array of `like`, refused off its voxels"
     first,step = _frame_grid(seg, i, like.source)
     f0,s0 = np.rint(first).astype(int),np.rint(step).astype(int)
     corners = np.array([[x,y] for x in (0,mask.shape[1]-1) for y in (0,mask.shape[0]-1)]).T

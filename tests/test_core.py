@@ -318,7 +318,9 @@ def test_atomic_slips(tmp_path):
     assert os.listdir(tmp_path)==['folder'] and os.listdir(tmp_path/'folder')==['precious']
 
 def test_killed_process_leaves_no_target(tmp_path):
-    code = f"import os,signal; from medsam_nb.core import *\nwith atomic_path('{tmp_path}/t.npz') as p:\n    p.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    code = ('import os,signal\nfrom medsam_nb.core import *\n'
+            f'with atomic_path("{tmp_path}/t.npz") as p:\n'
+            '    p.write_text("half")\n    os.kill(os.getpid(), signal.SIGKILL)')
     assert subprocess.run([sys.executable, '-c', code], cwd=REPO).returncode==-9
     assert not (tmp_path/'t.npz').exists() and not list(tmp_path.glob('*.npz'))
     assert [p.suffix for p in tmp_path.iterdir()]==['.tmp'] # what .gitignore hides

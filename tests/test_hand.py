@@ -1,4 +1,4 @@
-"One hand: the rules of CONTRIBUTING.md's part 'The hand', held over exported cells, tests and tools."
+"One hand: the rules of CONTRIBUTING.md (The hand), held over exported cells, tests and tools"
 import ast, io, re, statistics, tokenize
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ def is_literal(node)->bool:
     except (ValueError, TypeError, SyntaxError, MemoryError): return False
     return True
 
+def tokens(src:str)->list: return list(tokenize.generate_tokens(io.StringIO(src).readline))
+
 def table_lines(src:str)->set:
     "Lines of tables of data: module-level names for constants"
     out = set()
@@ -30,13 +32,17 @@ def table_lines(src:str)->set:
         if isinstance(o, ast.Assign) and is_literal(o.value): out |= set(range(o.lineno, o.end_lineno+1))
     return out
 
-def tokens(src:str)->list: return list(tokenize.generate_tokens(io.StringIO(src).readline))
 def found(rule)->list: return [(at, o) for at,src in pieces() for o in rule(src)]
 
 # ---- how it is written
 
+def string_lines(src:str)->set:
+    "Lines inside strings of several lines: text of another language"
+    long = [t for t in tokens(src) if t.type==tokenize.STRING and t.end[0]>t.start[0]]
+    return {n for t in long for n in range(t.start[0], t.end[0]+1)}
+
 def wide(src):
-    free = table_lines(src)
+    free = table_lines(src)|string_lines(src)
     return [f'line {i}' for i,l in enumerate(src.splitlines(), 1)
             if len(l)>COLUMNS and i not in free and not l.startswith('#|')]
 
@@ -165,7 +171,9 @@ def unshown(name)->tuple:
         missed += [n for n in public(c) if not re.search(rf'\b{n}\b', after)]
     return names, missed
 
-def in_chapters(f): return pytest.mark.parametrize('name', chapters() if (ROOT/'.git').exists() else [], ids=lambda o: o[4:-6])(f)
+def in_chapters(f):
+    found = chapters() if (ROOT/'.git').exists() else []
+    return pytest.mark.parametrize('name', found, ids=lambda o: o[4:-6])(f)
 
 @in_chapters
 def test_a_public_name_is_used_within_two_cells(name):
@@ -179,7 +187,8 @@ def test_no_more_than_three_exported_cells_in_a_row(name):
 
 def test_there_are_asserts_for_what_is_defined():
     defined = sum(len(defines(c)) for o in chapters() for c in code(o) if exports(c))
-    asked = sum(len(re.findall(r'\bassert\b|\btest_\w+\(', source(c))) for o in chapters() for c in code(o) if not exports(c))
+    shown = [source(c) for o in chapters() for c in code(o) if not exports(c)]
+    asked = sum(len(re.findall(r'\bassert\b|\btest_\w+\(', s)) for s in shown)
     print(f'{asked} asserts for {defined} definitions: {asked/defined:.2f}')
     assert asked>=1.5*defined
 

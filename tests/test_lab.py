@@ -56,8 +56,9 @@ class Cell:
     @property
     def caption(self): return self.js('d => d.painter.caption.textContent')
     def said(self, text, timeout=60_000):
-        self.page.wait_for_function('([n, t]) => '
-                                    "document.querySelectorAll('.medsam-draw')[n].medsam.painter.caption.textContent.includes(t)", arg=[self.n, text], timeout=timeout)
+        says = ("([n, t]) => document.querySelectorAll('.medsam-draw')[n]"
+                '.medsam.painter.caption.textContent.includes(t)')
+        self.page.wait_for_function(says, arg=[self.n, text], timeout=timeout)
     def mask(self, object=9, pane=0):
         "(H,W) bool: the picture that is laid over the slice"
         got = self.js('''(d, [o,p]) => { const m = d.painter.masks[p].find(m => m.id === o); if (!m) return null

@@ -180,11 +180,12 @@ def test_btcv_pretrained_on_all_organs(btcv, lite):
                 rows.append((BTCV[case.label_ids[k-1]], len(pieces), each,
                              dsc(pred.predict(mask_to_box(gt)).masks[0], gt) if len(pieces)>1 else each))
     t = pd.DataFrame(rows, columns=['organ','pieces','a box for each piece','one box'])
+    by_organ = t.groupby('organ', sort=False)[['pieces','a box for each piece','one box']].mean()
     say(f'btcv2d, lite pretrained, {len(t)} masks of {t.organ.nunique()} organs, tight oracle boxes, 256 grid, mean '
         f'DSC over masks {t["a box for each piece"].mean():.3f} (one box round all pieces: {t["one box"].mean():.3f}), '
         f'mean over the 13 organs {t.groupby("organ")["a box for each piece"].mean().mean():.3f} '
         f'({t.groupby("organ")["one box"].mean().mean():.3f})\n'
-        f'{t.groupby("organ", sort=False).agg({"pieces":"mean", "a box for each piece":"mean", "one box":"mean"}).round(3).assign(masks=t.organ.value_counts()).to_string()}')
+        f'{by_organ.round(3).assign(masks=t.organ.value_counts()).to_string()}')
     assert t['a box for each piece'].mean()>=.84 and t['one box'].mean()>=.81 and t.organ.nunique()==13
 
 def test_btcv_gallbladder(btcv):

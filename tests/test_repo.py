@@ -11,7 +11,8 @@ LIB = ROOT/'medsam_nb'
 sys.path.insert(0, str(ROOT/'tools'))
 import notebooks as runner, pins
 
-ORDER = 'core show metrics volume phantom view curate prompt sam embed predict finetune evaluate segment draw doctor pre_CT pre_grey_rgb2D'.split()
+ORDER = ('core show metrics volume phantom view curate prompt sam embed predict finetune evaluate segment draw '
+         'doctor pre_CT pre_grey_rgb2D').split()
 MB = 1_000_000
 
 @lru_cache(None)
@@ -212,8 +213,8 @@ def test_there_are_translations():
 @translated
 def test_a_translation_has_the_code_and_the_outputs_of_its_original(name):
     mine, theirs = cells(name), cells(original(name))
-    assert [runner.ALT.sub('', source(c)) for c in mine]==[runner.ALT.sub('', source(c))
-                                                           for c in theirs], 'only prose and #| fig-alt lines are translated'
+    def code_of(cs): return [runner.ALT.sub('', source(c)) for c in cs]
+    assert code_of(mine)==code_of(theirs), 'only prose and #| fig-alt lines are translated'
     assert [c['outputs'] for c in mine]==[c['outputs'] for c in theirs], f'tools/notebooks.py {name} takes them over'
     assert [flags(c) for c in mine]==[flags(c) for c in theirs]
 
@@ -299,6 +300,9 @@ def test_prediction_never_needs_training(name):
         todo |= imported(LIB/f'{o}.py') - seen
     assert 'finetune' not in seen
 
+RUNS_CODE = re.compile(r'(eval|exec|os\.system|pd\.read_pickle|'
+                       r'(pickle|dill|marshal|shelve|joblib)\.(loads?|open|Unpickler))$')
+
 def calls(path): return [n for n in ast.walk(tree(path)) if isinstance(n, ast.Call)]
 def keyword(call, name):
     return next((k.value.value for k in call.keywords if k.arg==name and isinstance(k.value, ast.Constant)), None)
@@ -311,8 +315,7 @@ def test_files_are_read_without_running_them(path):
         if f=='torch.load' and keyword(n, 'weights_only') is not True: bad.append(ast.unparse(n))
         if f in ('np.load', 'numpy.load') and keyword(n, 'allow_pickle') is not False:
             bad.append(ast.unparse(n))
-        if re.match(r'(eval|exec|os\.system|(pickle|dill|marshal|shelve|joblib)\.(loads?|open|Unpickler)|pd\.read_pickle)$', f):
-            bad.append(ast.unparse(n))
+        if RUNS_CODE.match(f): bad.append(ast.unparse(n))
     assert bad==[]
 
 @pytest.mark.parametrize('path', modules(), ids=lambda o: o.stem)

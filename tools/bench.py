@@ -5,7 +5,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT/'tests'))
-CELLS = ('from medsam_nb.draw import annotate\nfrom medsam_nb.phantom import make_phantom', 'app = annotate(*make_phantom(2023, (40,512,512)))\napp')
+CELLS = ('from medsam_nb.draw import annotate\nfrom medsam_nb.phantom import make_phantom',
+         'app = annotate(*make_phantom(2023, (40,512,512)))\napp')
 
 def timed(f, n, warm=2):
     "Median seconds of `n` calls"
@@ -30,7 +31,8 @@ def drawing(n):
             nb.run()
             nb.python('z = app.canvas.z\nfor k in range(z-3, z+4): app.session.embedder("pretrained").get(k)')
             z = nb.ask('app.canvas.z')
-            page.wait_for_function("() => !document.querySelector('.medsam-draw').medsam.model.get('status').startsWith('preparing')")
+            page.wait_for_function("() => !document.querySelector('.medsam-draw').medsam.model"
+                                   ".get('status').startsWith('preparing')")
             at = lambda x, y: page.evaluate("([x,y]) => { const d = document.querySelector('.medsam-draw').medsam, r "
                                             '= d.view.canvas.getBoundingClientRect(), [ox,oy] = d.view.origin; return '
                                             '[r.left+ox+x*d.view.scale, r.top+oy+y*d.view.scale*d.view.aspect] }',

@@ -10,8 +10,8 @@ QUIET = re.compile(r'^#\|\s*output:\s*false', re.M)   # housekeeping: nobody see
 
 def is_progress(out)->bool:
     "Is this output a progress bar, which changes with each run and says nothing afterwards?"
-    return out.output_type=='stream' and out.name=='stderr' and (not out.text.strip()
-                                                                 or bool(re.search(r'\d+%\|.*\||\d+(it|slice|s)?\s*\[\d\d:\d\d', out.text)))
+    if out.output_type!='stream' or out.name!='stderr': return False
+    return not out.text.strip() or bool(re.search(r'\d+%\|.*\||\d+(it|slice|s)?\s*\[\d\d:\d\d', out.text))
 
 ALT = re.compile(r'^#\|\s*fig-alt:.*\n?', re.M)   # the only line of code that a translation translates
 

@@ -25,10 +25,6 @@ from .volume import (Cases, Volume, check_colors, check_ids, find_cases,
                               label_names,
                               read_volume)
 
-# %% ../nbs/06_curate.ipynb #0ddba11e
-from medsam_nb.core import parse_ids, parse_pairs, parse_window as _parse_window
-from medsam_nb.view import WINDOWS, fit_shape, intensity_limits, normalize, rescale, resize_image
-
 # %% ../nbs/06_curate.ipynb #1d79350e
 def code_labels(
     label:np.ndarray, # any shape, whole numbers

@@ -182,7 +182,7 @@ def test_index_and_the_four_parts(tab, root):
 
 def test_previous_and_next_page_and_a_way_past_the_navigation(tab):
     page = tab('show.html')
-    assert [o.get_attribute('href') for o in page.locator('.page-navigation a').all()]==['core.html', 'volume.html']
+    assert [o.get_attribute('href') for o in page.locator('.page-navigation a').all()]==['core.html', 'metrics.html']
     page.keyboard.press('Tab')
     assert page.evaluate('document.activeElement.className')=='skip' and page.locator('.skip').bounding_box()['y']>=0
     page.keyboard.press('Enter')

@@ -243,18 +243,18 @@ def test_api_cards(tab):
         found = table.locator('tbody tr').all()
         found = {r.locator('td, th').first.inner_text(): r.inner_text().split('\t') for r in found}
         return table.locator('thead th').all_inner_texts(), found
-    head, row = rows('ask')
+    head, row = rows('oracle_boxes')
     assert head==['Name', 'Type', 'Default', 'Details']
-    assert row['spacing'][1:3]==['tuple', '(1, 1)']
-    assert 'mm' in row['spacing'][3] and '(H,W)' in row['shape'][3]
+    assert row['pieces'][1:3]==['bool', 'False']
+    assert 'piece' in row['pieces'][3] and '(D,H,W)' in row['label'][3]
     assert 'Returns' in row
     head, row = rows('prediction')  # a dataclass
     assert head==['Name', 'Type', 'Default', 'Details']
     assert '(B,H,W) bool' in row['masks'][3] and row['image'][2]=='None'
-    method = page.locator('main h4[id="predictor.predict"]')
-    assert method.inner_text().strip('# ')=='Predictor.predict'
-    text = page.locator('main table:below(h4[id="predictor.predict"])').first.inner_text()
-    assert all(o in text for o in ('box', 'points', 'multimask', 'pixels of the image', 'Returns'))
+    method = page.locator('main h4[id="predictor.set_embedding"]')
+    assert method.inner_text().strip('# ')=='Predictor.set_embedding'
+    text = page.locator('main table:below(h4[id="predictor.set_embedding"])').first.inner_text()
+    assert all(o in text for o in ('embedding', 'grid', 'image', 'how the image lies on the grid'))
 
 def test_private_names_have_no_card(site, root):
     index = ' '.join(o.read_text(encoding='utf-8') for o in (root/'medsam_nb').glob('*.py'))

@@ -444,7 +444,7 @@ def test_one_list_of_names_for_all_cases(tmp_path, capsys):
     more = curate(i, l, tmp_path/'npz', label_ids=(1,2), progress=False, min_pixels=20)
     assert more.names=={1:'liver', 2:'spleen', 3:'aorta'} and dict(zip(more.table.case,
         more.table.status))==dict(a='as before', b='as before', c='as before', d='new')
-    refused("'liver' is label 5 in names and was 1", f=curate, names=dict(liver=5), label_ids=(5,), progress=False)(i,
+    refused("'liver' is label 5 in ids and was 1", f=curate, names=dict(liver=5), label_ids=(5,), progress=False)(i,
         l, tmp_path/'npz')
     # a structure under another name is another label, though its bytes are the same
     (l/'b'/'liver.nii.gz').rename(l/'b'/'leber.nii.gz')

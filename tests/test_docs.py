@@ -254,7 +254,7 @@ def test_api_cards(tab):
     method = page.locator('main h4[id="predictor.set_embedding"]')
     assert method.inner_text().strip('# ')=='Predictor.set_embedding'
     text = page.locator('main table:below(h4[id="predictor.set_embedding"])').first.inner_text()
-    assert all(o in text for o in ('embedding', 'grid', 'image', 'how the image lies on the grid'))
+    assert all(o in text for o in ('embedding', 'grid', 'image', 'only for showing'))
 
 def test_private_names_have_no_card(site, root):
     index = ' '.join(o.read_text(encoding='utf-8') for o in (root/'medsam_nb').glob('*.py'))
